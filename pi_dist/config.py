@@ -1,0 +1,266 @@
+"""The configuration of a run: frozen dataclasses, one field documented where it is defined, and every cross-check.
+
+Standard library only: a configuration is checked before torch, a GPU or a file is touched. A refused configuration
+raises `ConfigError`, whose text is one line that names the key and prints the failing equation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work; the message names the key and the equation that fails."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The π-Transformer: a pre-norm stack of π-attention and GELU MLP, rotary positions, tied embeddings."""
+
+    num_layers: int = 12
+    """Number of blocks."""
+    hidden_size: int = 768
+    """Width d of the residual stream; the MLP is 4d wide."""
+    num_heads: int = 12
+    """Query heads; head_dim is hidden_size / num_heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); must divide num_heads. Default: num_heads."""
+    vocab_size: int | None = None
+    """Vocabulary of the model. Default: that of the prepared data's tokenizer, rounded up to a multiple of 64."""
+    window: int = 4
+    """k: neighbours on a side that a token attends to, the token itself not counted."""
+    stride: int = 16
+    """π: the base stride of the skips, in tokens."""
+    num_skips: int = 1
+    """M: skip targets i-π, i-2π, … i-Mπ of a token. 0 is a plain window."""
+    schedule: Literal["fixed", "doubling", "per_head"] = "fixed"
+    """fixed: π in every layer; doubling: layer l uses π·2^(l mod c); per_head: head h uses π·2^(h mod c)."""
+    num_strides: int | None = None
+    """c of the schedule. Default: the most that keep every stride below the context."""
+    strides: list[int] | list[list[int]] | None = None
+    """Explicit strides, one per layer or one list per layer with one per head; replaces stride and schedule."""
+    include_self: bool = True
+    """Whether a token attends to itself (eq. 2 does, Algorithm 1 does not)."""
+    ring: bool = True
+    """False removes the local window (the ablation "w/o Ring-Local"); then no gate prior is added."""
+    skip: bool = True
+    """False removes the skips (the ablation "w/o π-Skip"); then no gate prior is added."""
+    causal: bool = True
+    """False is the bidirectional encoder block; it has no next-token loss and so cannot be trained here."""
+    gate: Literal["dynamic", "static", "none"] = "dynamic"
+    """dynamic: the MLP of eq. (4); static: one learned value per head; none: no prior."""
+    gate_input: Literal["hidden", "query"] = "hidden"
+    """What the gate's MLP reads: the hidden state (the paper's listing) or the query projection (its eq. 4)."""
+    logit_cap: float | None = 20.0
+    """L_c: attention logits are clamped to [-L_c, L_c]; null switches the clamp off."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities, keyed by global position (the same on any number of ranks)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prepared shards (see `pi-dist prepare`) and how sequences are made of them."""
+
+    train: str = "data/train"
+    """Directory of prepared shards to train on."""
+    heldout: str | None = None
+    """Directory of prepared shards for the held-out loss; null: none is measured."""
+    packing: Literal["pack", "split"] = "pack"
+    """pack: documents are kept whole up to the context, several to a sequence, the rest padded;
+    split: documents are laid end to end and cut at every context, nothing padded but the very end."""
+    shuffle: bool = True
+    """Another order of the sequences in every epoch, from training.seed."""
+    num_workers: int = 1
+    """Loader processes of a rank; 0 reads in the training process."""
+    prefetch: int = 2
+    """Micro-batches that each worker holds ready."""
+    verify_hashes: bool = True
+    """Check a shard's SHA-256 against the index when it is first opened (its size is checked always)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the job is split: world size = data-parallel degree × sp_degree."""
+
+    sp_degree: int = 1
+    """Ranks that share one sequence (sequence parallel; torchtitan and Megatron say context parallel)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 splits optimizer states, 2 gradients too, 3 parameters too, over all ranks."""
+    exchange: Literal["ring_all_to_all", "all_to_all"] = "ring_all_to_all"
+    """ring_all_to_all: window halo by ring send/recv, skip rows by one all_to_all_single (the paper's);
+    all_to_all: both in the one all_to_all_single."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU per local rank over NCCL where there are any, else the CPU over gloo."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective that makes no progress fails."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimization (defaults: Algorithm 2 of the paper)."""
+
+    context: int = 4096
+    """n: tokens of one sequence, over all ranks that share it."""
+    batch_size: int = 8
+    """Sequences of one optimizer step, over all ranks; does not change with the number of ranks."""
+    micro_batch_size: int = 1
+    """Sequences of one forward pass of one replica; the rest is gradient accumulation."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW β1."""
+    beta2: float = 0.95
+    """AdamW β2."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: bf16 parameters and activations, fp32 master weights, gradients and optimizer states."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the block in the backward pass (its keys are exchanged again)."""
+    seed: int = 1234
+    """Seed of initialization, order of the data and dropout."""
+    eval_every: int = 100
+    """Steps between held-out losses; 0: only at the end."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted after a new one is complete."""
+    log_every: int = 1
+    """Steps between TensorBoard points (and lines, where there is no terminal)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run_dir: str = "runs/default"
+    """Where checkpoints, TensorBoard logs and the resolved configuration go; a run found there is resumed."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the resolved configuration; equal on ranks that run the same."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _require(holds: bool, key: str, equation: str, hint: str = "") -> None:
+    if not holds:
+        raise ConfigError(f"{key}: {equation} does not hold" + (f"; {hint}" if hint else ""))
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ConfigError unless the model's own sizes fit together."""
+    m = model
+    for key in ("num_layers", "hidden_size", "num_heads", "stride"):
+        _require(getattr(m, key) >= 1, f"model.{key}", f"{key} ({getattr(m, key)}) >= 1")
+    for key in ("window", "num_skips"):
+        _require(getattr(m, key) >= 0, f"model.{key}", f"{key} ({getattr(m, key)}) >= 0")
+    _require(
+        m.hidden_size % m.num_heads == 0,
+        "model.num_heads",
+        f"hidden_size ({m.hidden_size}) % num_heads ({m.num_heads}) == 0",
+    )
+    _require(m.head_dim % 2 == 0, "model.num_heads", f"head_dim ({m.head_dim}) % 2 == 0", "rotary turns pairs")
+    _require(m.kv_heads >= 1, "model.num_kv_heads", f"num_kv_heads ({m.kv_heads}) >= 1")
+    _require(
+        m.num_heads % m.kv_heads == 0,
+        "model.num_kv_heads",
+        f"num_heads ({m.num_heads}) % num_kv_heads ({m.kv_heads}) == 0",
+    )
+    _require(m.vocab_size is None or m.vocab_size >= 2, "model.vocab_size", f"vocab_size ({m.vocab_size}) >= 2")
+    _require(m.num_strides is None or m.num_strides >= 1, "model.num_strides", f"num_strides ({m.num_strides}) >= 1")
+    _require(m.logit_cap is None or m.logit_cap > 0, "model.logit_cap", f"logit_cap ({m.logit_cap}) > 0")
+    _require(m.rope_theta > 0, "model.rope_theta", f"rope_theta ({m.rope_theta}) > 0")
+    _require(
+        0 <= m.attention_dropout < 1, "model.attention_dropout", f"0 <= attention_dropout ({m.attention_dropout}) < 1"
+    )
+    _require(m.ring or (m.skip and m.num_skips > 0), "model.ring", "ring or (skip and num_skips > 0)")
+    if m.strides is not None:
+        _require(
+            len(m.strides) == m.num_layers,
+            "model.strides",
+            f"len(strides) ({len(m.strides)}) == num_layers ({m.num_layers})",
+        )
+        for layer, entry in enumerate(m.strides):
+            heads = entry if isinstance(entry, list) else [entry]
+            _require(
+                not isinstance(entry, list) or len(heads) == m.num_heads,
+                "model.strides",
+                f"len(strides[{layer}]) ({len(heads)}) == num_heads ({m.num_heads})",
+            )
+            _require(min(heads, default=0) >= 1, "model.strides", f"strides[{layer}] ({entry}) >= 1")
+
+
+def check(config: Config, world_size: int = 1) -> None:
+    """Raise ConfigError unless the run can work on `world_size` ranks. Reads no file and imports no engine."""
+    m, p, t, d = config.model, config.parallel, config.training, config.data
+    check_model(m)
+    _require(m.causal, "model.causal", "causal == true", "the next-token loss needs a causal model")
+    for key in ("context", "batch_size", "micro_batch_size", "steps", "keep_checkpoints", "log_every"):
+        _require(getattr(t, key) >= 1, f"training.{key}", f"{key} ({getattr(t, key)}) >= 1")
+    for key in ("warmup_steps", "weight_decay", "clip_norm", "eval_every", "save_every", "min_learning_rate"):
+        _require(getattr(t, key) >= 0, f"training.{key}", f"{key} ({getattr(t, key)}) >= 0")
+    _require(t.learning_rate > 0, "training.learning_rate", f"learning_rate ({t.learning_rate}) > 0")
+    _require(
+        t.min_learning_rate <= t.learning_rate,
+        "training.min_learning_rate",
+        f"min_learning_rate ({t.min_learning_rate}) <= learning_rate ({t.learning_rate})",
+    )
+    for key in ("beta1", "beta2"):
+        _require(0 <= getattr(t, key) < 1, f"training.{key}", f"0 <= {key} ({getattr(t, key)}) < 1")
+    _require(0 <= t.seed < 2**63, "training.seed", f"0 <= seed ({t.seed}) < 2^63")
+    _require(d.num_workers >= 0, "data.num_workers", f"num_workers ({d.num_workers}) >= 0")
+    _require(d.prefetch >= 1, "data.prefetch", f"prefetch ({d.prefetch}) >= 1")
+    _require(p.sp_degree >= 1, "parallel.sp_degree", f"sp_degree ({p.sp_degree}) >= 1")
+    _require(p.timeout_s > 0, "parallel.timeout_s", f"timeout_s ({p.timeout_s}) > 0")
+    _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
+    _require(
+        t.context % p.sp_degree == 0,
+        "parallel.sp_degree",
+        f"training.context ({t.context}) % sp_degree ({p.sp_degree}) == 0",
+    )
+    _require(
+        world_size % p.sp_degree == 0,
+        "parallel.sp_degree",
+        f"world size ({world_size}) % sp_degree ({p.sp_degree}) == 0",
+        "start as many ranks as dp × sp",
+    )
+    dp_degree = world_size // p.sp_degree
+    _require(
+        t.batch_size % (dp_degree * t.micro_batch_size) == 0,
+        "training.batch_size",
+        f"batch_size ({t.batch_size}) % (dp_degree ({dp_degree}) × micro_batch_size ({t.micro_batch_size})) == 0",
+    )
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Forward passes of one replica per optimizer step."""
+    dp_degree = world_size // config.parallel.sp_degree
+    return config.training.batch_size // (dp_degree * config.training.micro_batch_size)
