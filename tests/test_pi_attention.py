@@ -11,21 +11,33 @@ from pi_dist.ops import PiPattern, pi_attention
 from pi_dist.ops.oracle import neighbour_masks, pi_attention_oracle
 
 
-def make_inputs(seed, batch=2, q_len=13, k_len=13, heads=4, kv_heads=2, head_dim=4, gate=True, dtype=torch.float64):
+def make_inputs(
+    seed, batch=2, q_len=13, k_len=13, heads=4, kv_heads=2, head_dim=4, gate=True, dtype=torch.float64
+):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
 
-    q, k, v = draw(batch, q_len, heads, head_dim), draw(batch, k_len, kv_heads, head_dim), draw(batch, k_len, kv_heads, 4)
-    alpha = torch.rand(batch, q_len, heads, generator=generator, dtype=torch.float64).requires_grad_() if gate else None
+    q, k, v = (
+        draw(batch, q_len, heads, head_dim),
+        draw(batch, k_len, kv_heads, head_dim),
+        draw(batch, k_len, kv_heads, 4),
+    )
+    alpha = (
+        torch.rand(batch, q_len, heads, generator=generator, dtype=torch.float64).requires_grad_()
+        if gate
+        else None
+    )
     return q, k, v, alpha
 
 
 def results(function, inputs, pattern, **options):
     """Output and the gradients of a fixed random functional of it."""
     out = function(*inputs, pattern, **options)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(
+        out.dtype
+    )
     wanted = [x for x in inputs if x is not None]
     return (out, *torch.autograd.grad((out * weight).sum(), wanted))
 
@@ -38,7 +50,9 @@ def assert_equal(found, expected, tolerance=1e-11):
 @st.composite
 def cases(draw):
     heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)]))
-    strides = draw(st.integers(1, 9) | st.lists(st.integers(1, 12), min_size=heads, max_size=heads).map(tuple))
+    strides = draw(
+        st.integers(1, 9) | st.lists(st.integers(1, 12), min_size=heads, max_size=heads).map(tuple)
+    )
     pattern = PiPattern(
         window=draw(st.integers(0, 6)),
         strides=strides,
@@ -54,8 +68,14 @@ def cases(draw):
     if draw(st.booleans()):
         options["padding_mask"] = torch.rand(2, length, generator=generator) < 0.7
     if draw(st.booleans()):
-        options |= {"dropout_p": 0.3, "seed": draw(st.integers(0, 2**63 - 1)), "row_start": draw(st.integers(0, 2**40))}
-    inputs = make_inputs(draw(st.integers(0, 99)), 2, length, length, heads, kv_heads, gate=draw(st.booleans()))
+        options |= {
+            "dropout_p": 0.3,
+            "seed": draw(st.integers(0, 2**63 - 1)),
+            "row_start": draw(st.integers(0, 2**40)),
+        }
+    inputs = make_inputs(
+        draw(st.integers(0, 99)), 2, length, length, heads, kv_heads, gate=draw(st.booleans())
+    )
     return inputs, pattern, options
 
 
@@ -63,16 +83,29 @@ def cases(draw):
 @given(cases())
 def test_reference_equals_the_dense_oracle_and_its_gradients(case):
     inputs, pattern, options = case
-    assert_equal(results(pi_attention, inputs, pattern, **options), results(pi_attention_oracle, inputs, pattern, **options))
+    assert_equal(
+        results(pi_attention, inputs, pattern, **options),
+        results(pi_attention_oracle, inputs, pattern, **options),
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 12), st.integers(1, 20), st.booleans(), st.integers(0, 2**40))
+@given(
+    st.integers(0, 20),
+    st.integers(0, 20),
+    st.integers(1, 12),
+    st.integers(1, 20),
+    st.booleans(),
+    st.integers(0, 2**40),
+)
 def test_global_positions_of_queries_and_keys(query_start, key_start, q_len, k_len, causal, base):
     inputs = make_inputs(3, 2, q_len, k_len)
     pattern = PiPattern(2, (3, 5, 3, 7), causal=causal, num_skips=2)
     options = {"query_start": base + query_start, "key_start": base + key_start, "dropout_p": 0.2, "seed": 5}
-    assert_equal(results(pi_attention, inputs, pattern, **options), results(pi_attention_oracle, inputs, pattern, **options))
+    assert_equal(
+        results(pi_attention, inputs, pattern, **options),
+        results(pi_attention_oracle, inputs, pattern, **options),
+    )
 
 
 def test_a_slice_with_its_neighbours_equals_the_whole():
@@ -116,7 +149,10 @@ def test_gradcheck(causal, dropout_p):
     pattern = PiPattern(1, (2, 3), causal=causal, num_skips=2)
     segment_ids = torch.tensor([[0, 0, 0, 0, 1, 1, -1]])
     assert torch.autograd.gradcheck(
-        lambda *x: pi_attention(*x, pattern, segment_ids=segment_ids, dropout_p=dropout_p, seed=1, logit_cap=1.5), inputs
+        lambda *x: pi_attention(
+            *x, pattern, segment_ids=segment_ids, dropout_p=dropout_p, seed=1, logit_cap=1.5
+        ),
+        inputs,
     )
 
 
@@ -126,7 +162,9 @@ def test_empty_neighbourhoods_are_exactly_zero_with_zero_gradient():
         found = results(pi_attention, inputs, pattern)
         assert all(torch.isfinite(x).all() for x in found)
         assert (found[0][:, 0] == 0).all() and (found[1][:, 0] == 0).all() and (found[4][:, 0] == 0).all()
-    everything_padded = results(pi_attention, inputs, PiPattern(2, 4), padding_mask=torch.zeros(2, 13, dtype=torch.bool))
+    everything_padded = results(
+        pi_attention, inputs, PiPattern(2, 4), padding_mask=torch.zeros(2, 13, dtype=torch.bool)
+    )
     assert all((x == 0).all() for x in everything_padded)
 
 
@@ -144,7 +182,8 @@ def test_without_gate_the_clamp_acts_on_the_bare_scores():
     pattern = PiPattern(1, 5)
     half = torch.full((2, 13, 4), 0.5, dtype=torch.float64)
     assert torch.allclose(
-        pi_attention(q, k, v, None, pattern, logit_cap=None), pi_attention(q, k, v, half, pattern, logit_cap=None)
+        pi_attention(q, k, v, None, pattern, logit_cap=None),
+        pi_attention(q, k, v, half, pattern, logit_cap=None),
     )
     assert not torch.allclose(
         pi_attention(10 * q, k, v, None, pattern), pi_attention(10 * q, k, v, half, pattern), atol=1e-4
@@ -166,10 +205,17 @@ def test_clamp_passes_the_gradient_at_its_edges_and_none_outside():
 def test_low_precision_stays_near_the_oracle(dtype):
     """Error at most that of casting the inputs and the output (twice, with slack 1.5)."""
     inputs = make_inputs(8, q_len=64, k_len=64, head_dim=16)
-    inputs = (inputs[0], inputs[1], torch.randn(2, 64, 2, 16, dtype=torch.float64, requires_grad=True), inputs[3])
+    inputs = (
+        inputs[0],
+        inputs[1],
+        torch.randn(2, 64, 2, 16, dtype=torch.float64, requires_grad=True),
+        inputs[3],
+    )
     rounded = [x.detach().to(dtype).double().requires_grad_() for x in inputs[:3]] + [inputs[3]]
     expected = results(pi_attention_oracle, rounded, PiPattern(4, 16, num_skips=2))
-    low = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]] + [inputs[3].detach().float().requires_grad_()]
+    low = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]] + [
+        inputs[3].detach().float().requires_grad_()
+    ]
     found = results(pi_attention, low, PiPattern(4, 16, num_skips=2))
     unit = torch.finfo(dtype).eps
     for a, b in zip(found, expected, strict=True):
@@ -191,7 +237,10 @@ def test_dropout_rate_and_keys():
 @pytest.mark.parametrize(
     ("change", "equation"),
     [
-        (lambda q, k, v, g: (q, k[:, :, :1].expand(-1, -1, 3, -1), v[:, :, :1].expand(-1, -1, 3, -1), g), "num_heads (4)"),
+        (
+            lambda q, k, v, g: (q, k[:, :, :1].expand(-1, -1, 3, -1), v[:, :, :1].expand(-1, -1, 3, -1), g),
+            "num_heads (4)",
+        ),
         (lambda q, k, v, g: (q, k, v[:, :5], g), "k.shape"),
         (lambda q, k, v, g: (q, k, v, g[..., :1]), "gate.shape"),
         (lambda q, k, v, g: (q, k, v, g.bfloat16()), "gate.dtype"),

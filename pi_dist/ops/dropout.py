@@ -32,7 +32,9 @@ def _mix64(state: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return _mix(_mix(state ^ (value & _LOW)) ^ ((value >> 32) & _LOW))
 
 
-def position_hash(seed: int, rows: torch.Tensor, positions: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+def position_hash(
+    seed: int, rows: torch.Tensor, positions: torch.Tensor, heads: torch.Tensor
+) -> torch.Tensor:
     """32-bit hash [B, T, H] (int64) of seed, batch rows [B], global query positions [T] and heads [H]."""
     state = _mix64(torch.zeros_like(rows), torch.full_like(rows, seed))  # [B]
     state = _mix64(state, rows)[:, None]

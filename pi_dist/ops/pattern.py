@@ -132,7 +132,9 @@ def layer_patterns(model: ModelConfig, context: int) -> tuple[PiPattern, ...]:
     elif model.schedule == "doubling":
         per_layer = [model.stride << (layer % count) for layer in range(model.num_layers)]
     elif model.schedule == "per_head":
-        per_layer = [tuple(model.stride << (head % count) for head in range(model.num_heads))] * model.num_layers
+        per_layer = [
+            tuple(model.stride << (head % count) for head in range(model.num_heads))
+        ] * model.num_layers
     else:
         per_layer = [model.stride] * model.num_layers
     return tuple(

@@ -30,22 +30,30 @@ def backend_functions(backend: str) -> tuple[Any, Any]:
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor | None) -> None:
     """Raise ValueError unless q [B, Tq, H, D], k and v [B, Tk, H_kv, D] and gate [B, Tq, H] fit together."""
     if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"q.dim() ({q.dim()}) == k.dim() ({k.dim()}) == 4 does not hold; the layout is [B, T, H, D]")
+        raise ValueError(
+            f"q.dim() ({q.dim()}) == k.dim() ({k.dim()}) == 4 does not hold; the layout is [B, T, H, D]"
+        )
     if k.shape != v.shape:
         raise ValueError(f"k.shape {tuple(k.shape)} == v.shape {tuple(v.shape)} does not hold")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"batch and head_dim of q {tuple(q.shape)} == those of k {tuple(k.shape)} does not hold")
+        raise ValueError(
+            f"batch and head_dim of q {tuple(q.shape)} == those of k {tuple(k.shape)} does not hold"
+        )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"num_heads ({q.shape[2]}) % num_kv_heads ({k.shape[2]}) == 0 does not hold")
     if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point:
-        raise ValueError(f"dtypes of q ({q.dtype}), k ({k.dtype}), v ({v.dtype}) equal and floating does not hold")
+        raise ValueError(
+            f"dtypes of q ({q.dtype}), k ({k.dtype}), v ({v.dtype}) equal and floating does not hold"
+        )
     if gate is not None and gate.shape != q.shape[:3]:
         raise ValueError(f"gate.shape {tuple(gate.shape)} == q.shape[:3] {tuple(q.shape[:3])} does not hold")
     if gate is not None and gate.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"gate.dtype ({gate.dtype}) in (float32, float64) does not hold; bf16 rounds α to 1")
 
 
-def check_options(softmax_scale: float | None, logit_cap: float | None, dropout_p: float, seed: int | None) -> None:
+def check_options(
+    softmax_scale: float | None, logit_cap: float | None, dropout_p: float, seed: int | None
+) -> None:
     """Raise ValueError unless the scalar options make sense."""
     if logit_cap is not None and not logit_cap > 0:
         raise ValueError(f"logit_cap ({logit_cap}) > 0 does not hold")
@@ -70,7 +78,11 @@ def token_labels(segment_ids: torch.Tensor | None, padding_mask: torch.Tensor | 
     """One int32 label a token: its document, or -1 for padding. Tokens see each other iff labels agree and are >= 0."""
     if segment_ids is None and padding_mask is None:
         return None
-    labels = torch.zeros_like(padding_mask, dtype=torch.int32) if segment_ids is None else segment_ids.to(torch.int32)
+    labels = (
+        torch.zeros_like(padding_mask, dtype=torch.int32)
+        if segment_ids is None
+        else segment_ids.to(torch.int32)
+    )
     return labels if padding_mask is None else labels.masked_fill(~padding_mask, -1)
 
 
@@ -121,7 +133,8 @@ def pi_attention(
     segments = _pair(segment_ids, "segment_ids", q.shape[:2], k.shape[:2])
     padding = _pair(padding_mask, "padding_mask", q.shape[:2], k.shape[:2])
     q_labels, k_labels = (
-        token_labels(segments and segments[side], None if padding is None else padding[side]) for side in (0, 1)
+        token_labels(segments and segments[side], None if padding is None else padding[side])
+        for side in (0, 1)
     )
     run = Run(key_start, key_start + k.shape[1])
     spec = AttentionSpec(

@@ -41,7 +41,9 @@ def _units(spec: AttentionSpec, num_heads: int, num_kv_heads: int, device: torch
     for index, group in enumerate(spec.groups):
         kv = torch.tensor(group.heads.kv_heads, device=device)
         for stride in dict.fromkeys(group.heads.strides):
-            slots = torch.tensor([s for s, value in enumerate(group.heads.strides) if value == stride], device=device)
+            slots = torch.tensor(
+                [s for s, value in enumerate(group.heads.strides) if value == stride], device=device
+            )
             yield _Unit(
                 index,
                 slice(None) if len(kv) == num_kv_heads else kv,
@@ -58,7 +60,9 @@ def _pieces(group: KeyGroup, query_start: int, q_len: int, offset: int) -> list[
         low = max(run.start, query_start - offset)
         high = min(run.stop, query_start + q_len - offset)
         if low < high:
-            pieces.append(_Piece(low + offset - query_start, high + offset - query_start, row + low - run.start))
+            pieces.append(
+                _Piece(low + offset - query_start, high + offset - query_start, row + low - run.start)
+            )
         row += run.stop - run.start
     return pieces
 
@@ -114,7 +118,9 @@ def _accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _select(tensor: torch.Tensor | None, unit: _Unit, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _select(
+    tensor: torch.Tensor | None, unit: _Unit, num_kv_heads: int, dtype: torch.dtype
+) -> torch.Tensor | None:
     """The unit's heads of a [B, T, H, ...] tensor, as [B, T, h, g, ...] in the accumulation dtype."""
     if tensor is None:
         return None

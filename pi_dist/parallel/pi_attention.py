@@ -1,0 +1,112 @@
+"""Sequence-parallel π-attention: the exchange of keys around the operator of one device."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from pi_dist.ops.pattern import PiPattern
+from pi_dist.ops.pi_attention import backend_functions, check_options, check_shapes, pi_attention
+from pi_dist.ops.spec import AttentionSpec, KeyGroup, Run
+from pi_dist.parallel.exchange_plan import Rows, make_plan
+from pi_dist.parallel.key_exchange import exchange_keys, return_gradients
+
+
+def sequence_parallel_pi_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
+    pattern: PiPattern,
+    group: dist.ProcessGroup | None,
+    *,
+    labels: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    logit_cap: float | None = 20.0,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    row_start: int = 0,
+    fused_exchange: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """π-attention over a sequence that lies in contiguous shards of m tokens on the P ranks of `group`.
+
+    Equal to `pi_attention` over the whole sequence of n = P·m tokens, gradients included. Every rank of the group calls
+    it with the same pattern and options, in the same order of layers.
+
+    Args:
+        q: [B, m, H, D]. k, v: [B, m, H_kv, D]. gate: [B, m, H] fp32 or None. All of this rank's tokens.
+        group: the ranks that share the sequence, in its order; None or one rank: no exchange.
+        labels: [B, n] document of every token of the whole sequence, negative for padding (see `all_gather_tokens`).
+        fused_exchange: True sends the window halo inside the all_to_all_single; False by ring send/recv beside it.
+        Other arguments as in `pi_dist.ops.pi_attention`.
+
+    Returns:
+        [B, m, H, D].
+
+    Raises:
+        ValueError: as `pi_attention`, and if labels are not those of the whole sequence.
+    """
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+    check_shapes(q, k, v, gate)
+    seq_len = num_ranks * q.shape[1]
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"query length ({q.shape[1]}) == key length ({k.shape[1]}) of a shard does not hold")
+    if labels is not None and labels.shape != (q.shape[0], seq_len):
+        raise ValueError(f"labels {tuple(labels.shape)} == [B, n] ({q.shape[0]}, {seq_len}) does not hold")
+    options = {"softmax_scale": softmax_scale, "logit_cap": logit_cap, "dropout_p": dropout_p, "seed": seed}
+    if num_ranks == 1:
+        return pi_attention(
+            q, k, v, gate, pattern, segment_ids=labels, row_start=row_start, backend=backend, **options
+        )
+    check_options(**options)
+    plan = make_plan(
+        pattern, q.shape[2], k.shape[2], seq_len, num_ranks, dist.get_rank(group), fused_exchange
+    )
+    spec = AttentionSpec(
+        pattern=pattern,
+        groups=tuple(KeyGroup(heads, runs) for heads, runs in zip(plan.groups, plan.key_runs, strict=True)),
+        softmax_scale=q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
+        logit_cap=logit_cap,
+        dropout_p=dropout_p,
+        seed=seed or 0,
+        query_start=plan.shard.start,
+        row_start=row_start,
+    )
+    return _SequenceParallelPiAttention.apply(
+        q, k, v, gate, labels, spec, plan, group, backend_functions(backend)
+    )
+
+
+def _take(labels: torch.Tensor | None, runs: Rows) -> torch.Tensor | None:
+    """Labels [B, n] at the positions of the runs, [B, R]."""
+    return None if labels is None else torch.cat([labels[:, run.start : run.stop] for run in runs], dim=1)
+
+
+def _labels(labels: torch.Tensor | None, shard: Run, spec: AttentionSpec):
+    """(labels of the queries, labels of each key group)."""
+    return _take(labels, (shard,)), [_take(labels, key_group.runs) for key_group in spec.groups]
+
+
+class _SequenceParallelPiAttention(torch.autograd.Function):
+    """One Function around exchange and operator, so that gradients of received rows travel in fp32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, gate, labels, spec, plan, group, functions):
+        forward, ctx.backward_function = functions
+        keys, values = exchange_keys(plan, k, v, group)
+        out, lse = forward(spec, q, keys, values, gate, *_labels(labels, plan.shard, spec))
+        ctx.save_for_backward(q, gate, labels, out, lse, *keys, *values)
+        ctx.spec, ctx.plan, ctx.group = spec, plan, group
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, gate, labels, out, lse, *rows = ctx.saved_tensors
+        keys, values = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        dq, dkeys, dvalues, dgate = ctx.backward_function(
+            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), out, lse, dout
+        )
+        dk, dv = return_gradients(ctx.plan, dkeys, dvalues, ctx.group)
+        dgate = None if dgate is None else dgate.to(gate.dtype)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dgate, None, None, None, None, None
