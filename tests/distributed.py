@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -57,6 +58,7 @@ class Ranks:
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests_preload"])
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the fork server's
         port = free_port()
         self._pipes, self._processes = [], []
         for rank in range(world_size):

@@ -1,0 +1,1 @@
+"""The training loop: optimizer, DeepSpeed engine, checkpoints, metrics."""

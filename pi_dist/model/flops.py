@@ -1,0 +1,30 @@
+"""FLOPs of a training step, the pattern's pairs only: no tiles, no dense equivalent, no recomputation."""
+
+from __future__ import annotations
+
+from pi_dist.config import ModelConfig
+from pi_dist.ops.pattern import layer_patterns
+
+
+def mean_pairs(config: ModelConfig, context: int) -> float:
+    """Query-key pairs of one query, averaged over positions, heads and layers; of a sequence of one document."""
+    total = 0
+    for pattern in layer_patterns(config, context):
+        ring = sum(max(0, context - abs(o)) for o in pattern.ring_offsets())
+        strides = pattern.head_strides(config.num_heads)
+        skips = sum(max(0, context - abs(o)) for stride in strides for o in pattern.skip_offsets(stride))
+        total += ring + skips / config.num_heads
+    return total / context / config.num_layers
+
+
+def training_flops_per_token(config: ModelConfig, context: int) -> float:
+    """`6·N_matmul + 12·H·head_dim·Σ_l pairs_l`: forward 2 FLOP a multiply-add, backward twice that.
+
+    N_matmul counts every matrix that a token is multiplied with: blocks, the gate, the (tied) head once.
+    """
+    d, kv = config.hidden_size, config.kv_heads * config.head_dim
+    block = d * (d + 2 * kv) + d * d + 8 * d * d
+    if config.gate == "dynamic" and config.ring and config.skip and config.num_skips > 0:
+        block += d * (d // 2) + (d // 2) * config.num_heads
+    matmul = config.num_layers * block + d * config.vocab_size
+    return 6.0 * matmul + 12.0 * d * config.num_layers * mean_pairs(config, context)

@@ -1,0 +1,92 @@
+"""The π-Transformer: pre-norm blocks of π-attention and GELU MLP, tied embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pi_dist.config import ModelConfig
+from pi_dist.model.attention import PiAttention, SequenceContext
+from pi_dist.model.loss import summed_cross_entropy
+from pi_dist.model.rotary import rotary_table
+from pi_dist.ops.pattern import PiPattern, layer_patterns
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the MLP is 4d wide with GELU."""
+
+    def __init__(self, config: ModelConfig, layer: int, pattern: PiPattern) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.attention_norm = nn.LayerNorm(d)
+        self.attention = PiAttention(config, layer, pattern)
+        self.mlp_norm = nn.LayerNorm(d)
+        self.mlp_up = nn.Linear(d, 4 * d, bias=False)
+        self.mlp_down = nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, x: torch.Tensor, table, context: SequenceContext) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), table, context)
+        return x + self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))
+
+
+class PiTransformer(nn.Module):
+    """A language model over a shard of a sequence (the whole sequence is a shard of one).
+
+    Args:
+        config: the model; `vocab_size` must be set.
+        context: training context, which sets the default number of strides of a schedule.
+        seed: initialization, equal on every rank: N(0, 0.02), output projections of a block N(0, 0.02 / sqrt(2L)).
+        activation_checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self, config: ModelConfig, context: int, seed: int = 0, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.patterns = layer_patterns(config, context)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, pattern) for layer, pattern in enumerate(self.patterns)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self._initialize(seed)
+
+    def _initialize(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("attention.out.weight", "mlp_down.weight"))
+                std = 0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, tokens: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """Final hidden states [B, m, d] of tokens [B, m]."""
+        x = self.embedding(tokens)
+        table = rotary_table(
+            context.query_start, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
+        )
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # nothing in a block draws from a global generator: dropout is keyed by position
+                x = checkpoint(block, x, table, context, use_reentrant=True, preserve_rng_state=False)
+            else:
+                x = block(x, table, context)
+        return self.norm(x)
+
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor | None = None, context: SequenceContext | None = None
+    ) -> torch.Tensor:
+        """Without labels: logits [B, m, V]. With labels [B, m] (already shifted; -100: none): the summed loss in nats."""
+        x = self.hidden(tokens, context or SequenceContext())
+        if labels is None:
+            return F.linear(x, self.embedding.weight)
+        return summed_cross_entropy(x.flatten(0, 1), self.embedding.weight, labels.flatten())
+
+    def num_parameters(self) -> int:
+        """Parameters, tied ones once (also where ZeRO-3 holds only a part here)."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())

@@ -1,0 +1,100 @@
+"""Starting the default process group under torchrun, mpirun, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pi_dist.config import ConfigError
+
+
+def world_size_from_launcher() -> int:
+    """Ranks that the launcher started (1 without a launcher), before any of them is waited for.
+
+    Raises:
+        ConfigError: a launcher started several processes and did not tell them who they are.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+    if tasks > 1:
+        raise ConfigError(
+            f"launch: SLURM_NTASKS ({tasks}) == 1 does not hold; start one torchrun per node and let it start the ranks"
+        )
+    return 1
+
+
+def _rendezvous_by_mpi() -> None:
+    """Set what torchrun would have set, from mpi4py: rank 0's address and a free port are broadcast."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    here = None
+    if comm.rank == 0:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        one_host = local.size == comm.size
+        here = ("127.0.0.1" if one_host else socket.getfqdn(), port)
+    address, port = comm.bcast(here)
+    os.environ |= {
+        "RANK": str(comm.rank),
+        "WORLD_SIZE": str(comm.size),
+        "LOCAL_RANK": str(local.rank),
+        "LOCAL_WORLD_SIZE": str(local.size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def choose_device(choice: str, local_rank: int) -> torch.device:
+    """The device of a local rank for parallel.device.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none for this rank.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if choice == "cuda" and local_rank >= count:
+        raise ConfigError(
+            f"parallel.device: local rank ({local_rank}) < GPUs of this machine ({count}) does not hold"
+        )
+    if choice == "auto" and 0 < count <= local_rank:
+        raise ConfigError(
+            f"parallel.device: local rank ({local_rank}) < GPUs of this machine ({count}) does not hold; "
+            "start fewer ranks, or set parallel.device=cpu"
+        )
+    return torch.device("cuda", local_rank) if choice != "cpu" and count else torch.device("cpu")
+
+
+def start(device_choice: str, timeout_s: float) -> torch.device:
+    """Initialize the default group (NCCL on GPUs, gloo on CPUs) unless it is there already; returns this rank's device.
+
+    Raises:
+        ConfigError: no GPU for this rank, see `choose_device`.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" in os.environ:
+            _rendezvous_by_mpi()
+        if "RANK" not in os.environ:
+            with socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                port = listener.getsockname()[1]
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = choose_device(device_choice, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device

@@ -1,0 +1,203 @@
+"""The DeepSpeed engine: the only file that imports deepspeed.
+
+DeepSpeed averages gradients over all ranks and divides by the accumulation steps, whatever the sequence-parallel
+degree. So each rank returns `Σ loss of its tokens · W·G / T` (W ranks, G accumulation steps, T valid tokens of the
+whole global batch): the mean over the global batch's tokens, in every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from pi_dist.config import Config, accumulation_steps
+from pi_dist.parallel.mesh import Mesh
+from pi_dist.training.optimizer import learning_rate, make_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict:
+    """DeepSpeed's own configuration for the run."""
+    t, p = config.training, config.parallel
+    settings: dict = {
+        "train_micro_batch_size_per_gpu": t.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": t.clip_norm,
+        "sequence_parallel_size": p.sp_degree,
+        "zero_optimization": {"stage": p.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "bf16": {"enabled": _low_precision_parameters(config)},
+    }
+    if _low_precision_parameters(config):
+        settings["communication_data_type"] = "fp32"
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _low_precision_parameters(config: Config) -> bool:
+    """bf16 parameters beside fp32 masters. ZeRO 0 keeps fp32 parameters and computes in bf16 under autocast instead:
+    DeepSpeed's own bf16 without ZeRO would accumulate gradients in bf16."""
+    return config.training.precision == "bf16" and config.parallel.zero_stage > 0
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO: backward, step, and its full fp32 state by parameter name.
+
+    Args:
+        model: the model, fp32, on the CPU; it is moved and cast.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
+        import deepspeed
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.WARNING)
+        if mesh.device.type == "cpu":
+            import deepspeed.ops
+            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+            set_accelerator(CPU_Accelerator())
+            deepspeed.ops.__compatible_ops__ = {}  # else a shared-memory all-reduce is compiled for half a minute
+        self.config, self.mesh = config, mesh
+        self._names = {name: parameter for name, parameter in model.named_parameters()}
+        model.to(mesh.device)
+        if _low_precision_parameters(config):
+            model.to(torch.bfloat16)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model, config.training),
+            config=deepspeed_config(config, mesh.world_size),
+            dist_init_required=False,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.module
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        """Call the model."""
+        in_bf16 = self.config.training.precision == "bf16"
+        with torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=in_bf16 and self._is_plain()):
+            return self.engine(*args)
+
+    def backward(self, loss_sum: torch.Tensor, valid_tokens: torch.Tensor) -> None:
+        """Add the gradients of one micro-step; `loss_sum` of this rank's tokens, `valid_tokens` of the global batch."""
+        steps = self.engine.gradient_accumulation_steps()
+        self.engine.backward(loss_sum * (self.mesh.world_size * steps) / valid_tokens.clamp(min=1))
+
+    def step(self, step: int) -> None:
+        """End a micro-step; at the last one of optimizer step `step`, clip and update."""
+        if self._is_plain() and self.engine.is_gradient_accumulation_boundary():
+            self._plain_norm = torch.nn.utils.get_total_norm([p.grad for p in self._names.values()])
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.training, step)
+        self.engine.step()
+
+    def gradient_norm(self) -> float:
+        """Global gradient norm before clipping, of the last update."""
+        return float(self._plain_norm if self._is_plain() else self.engine.get_global_grad_norm())
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full fp32 gradient) of every parameter, after the last backward and before the step; collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self._names.items():
+            yield name, safe_get_full_grad(parameter)
+
+    def state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """(name, {weight, exp_avg, exp_avg_sq}) of every parameter, whole and fp32; collective, one after another."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link_moments()
+        for name, parameter in self._names.items():
+            if self._is_plain():
+                moments = self.engine.optimizer.state[parameter]
+                yield name, {"weight": parameter.detach()} | {key: moments[key] for key in MOMENTS}
+            else:
+                full = {"weight": safe_get_full_fp32_param(parameter)}
+                yield name, full | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+
+    def load_state(self, read: Callable[[str, str], torch.Tensor], updates: int) -> None:
+        """Put the state of `updates` optimizer steps back: `read(name, key)` gives what `state` yielded; collective."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._create_moments(updates)
+        for name, parameter in self._names.items():
+            for key in ("weight", *MOMENTS):
+                value = read(name, key).to(self.mesh.device)
+                if self._is_plain():
+                    target = (
+                        parameter.data if key == "weight" else self.engine.optimizer.state[parameter][key]
+                    )
+                    target.copy_(value)
+                elif hasattr(parameter, "ds_id"):
+                    self._set_partition(parameter, value, key)
+                elif key == "weight":
+                    safe_set_full_fp32_param(parameter, value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+        self._refresh_parameters()
+
+    def _create_moments(self, updates: int) -> None:
+        """Give the inner AdamW the state that it would make in its first step, as after `updates` steps."""
+        outer = self.engine.optimizer
+        inner = outer if self._is_plain() else outer.optimizer
+        for flat in self._flat_masters():
+            step = torch.tensor(float(updates), device=flat.device if flat.is_cuda else None)
+            inner.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """ZeRO 1 and 2 find a parameter's part of the flat moments only after this. DeepSpeed does it in the first
+        update, after the first parameter group, and so misses the second."""
+        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_masters(self) -> list[torch.Tensor]:
+        """The fp32 tensors that the inner AdamW updates: parameters, or this rank's flat partitions of them."""
+        if self._is_plain():
+            return list(self._names.values())
+        for owner in (
+            "single_partition_of_fp32_groups",
+            "fp32_partitioned_groups_flat",
+            "fp32_groups_flat_partition",
+        ):
+            if hasattr(
+                self.engine.optimizer, owner
+            ):  # ZeRO 1 and 2; ZeRO 3; bf16 without ZeRO's gradient partitions
+                return list(getattr(self.engine.optimizer, owner))
+        raise TypeError(f"no fp32 partitions known in DeepSpeed's {type(self.engine.optimizer).__name__}")
+
+    def _set_partition(self, parameter: nn.Parameter, value: torch.Tensor, key: str) -> None:
+        """ZeRO 3: this rank's partition of a whole tensor, the last one padded with zeros."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.ds_numel
+        padded = torch.zeros(size * self.mesh.world_size, dtype=value.dtype, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        partition = padded[self.mesh.rank * size : (self.mesh.rank + 1) * size]
+        if key == "weight":
+            safe_set_local_fp32_param(parameter, partition)
+        else:
+            safe_set_local_optimizer_state(parameter, partition, key)
+
+    def _refresh_parameters(self) -> None:
+        """Make the parameters of the forward pass from the fp32 masters."""
+        outer = self.engine.optimizer
+        if hasattr(outer, "update_lp_params"):
+            outer.update_lp_params()
+        elif hasattr(outer, "_reassign_or_swap_out_partitioned_parameters"):
+            for index in range(len(outer.fp16_groups)):
+                outer._reassign_or_swap_out_partitioned_parameters(index)
+
+    def _is_plain(self) -> bool:
+        """ZeRO 0 in fp32: DeepSpeed uses the optimizer as it is."""
+        return isinstance(self.engine.optimizer, torch.optim.Optimizer)
