@@ -7,8 +7,6 @@ raises `ConfigError`, whose text is one line that names the key and prints the f
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -165,9 +163,16 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the resolved configuration; equal on ranks that run the same."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """The inverse of `to_dict`."""
+        parts = {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "parallel": ParallelConfig,
+            "training": TrainingConfig,
+        }
+        return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
 
 
 def _require(holds: bool, key: str, equation: str, hint: str = "") -> None:
@@ -187,19 +192,29 @@ def check_model(model: ModelConfig) -> None:
         "model.num_heads",
         f"hidden_size ({m.hidden_size}) % num_heads ({m.num_heads}) == 0",
     )
-    _require(m.head_dim % 2 == 0, "model.num_heads", f"head_dim ({m.head_dim}) % 2 == 0", "rotary turns pairs")
+    _require(
+        m.head_dim % 2 == 0, "model.num_heads", f"head_dim ({m.head_dim}) % 2 == 0", "rotary turns pairs"
+    )
     _require(m.kv_heads >= 1, "model.num_kv_heads", f"num_kv_heads ({m.kv_heads}) >= 1")
     _require(
         m.num_heads % m.kv_heads == 0,
         "model.num_kv_heads",
         f"num_heads ({m.num_heads}) % num_kv_heads ({m.kv_heads}) == 0",
     )
-    _require(m.vocab_size is None or m.vocab_size >= 2, "model.vocab_size", f"vocab_size ({m.vocab_size}) >= 2")
-    _require(m.num_strides is None or m.num_strides >= 1, "model.num_strides", f"num_strides ({m.num_strides}) >= 1")
+    _require(
+        m.vocab_size is None or m.vocab_size >= 2, "model.vocab_size", f"vocab_size ({m.vocab_size}) >= 2"
+    )
+    _require(
+        m.num_strides is None or m.num_strides >= 1,
+        "model.num_strides",
+        f"num_strides ({m.num_strides}) >= 1",
+    )
     _require(m.logit_cap is None or m.logit_cap > 0, "model.logit_cap", f"logit_cap ({m.logit_cap}) > 0")
     _require(m.rope_theta > 0, "model.rope_theta", f"rope_theta ({m.rope_theta}) > 0")
     _require(
-        0 <= m.attention_dropout < 1, "model.attention_dropout", f"0 <= attention_dropout ({m.attention_dropout}) < 1"
+        0 <= m.attention_dropout < 1,
+        "model.attention_dropout",
+        f"0 <= attention_dropout ({m.attention_dropout}) < 1",
     )
     _require(m.ring or (m.skip and m.num_skips > 0), "model.ring", "ring or (skip and num_skips > 0)")
     if m.strides is not None:

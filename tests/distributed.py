@@ -27,7 +27,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {  # what torchrun would set
         "MASTER_ADDR": "127.0.0.1",
@@ -53,9 +53,9 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 
 class Ranks:
-    """`world_size` processes with an initialized gloo group; use as a context manager."""
+    """`world_size` processes with an initialized group (gloo, or nccl with a GPU each); use as a context manager."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests_preload"])
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the fork server's
@@ -63,7 +63,9 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, backend, there), daemon=True
+            )
             process.start()
             there.close()
             self._pipes.append(here)

@@ -41,9 +41,9 @@ def oracle(inputs, pattern, options):
     return [out.detach(), *torch.autograd.grad((out * dout).sum(), wanted)]
 
 
-def on_a_rank(pattern, options, input_arguments, fused):
+def on_a_rank(pattern, options, input_arguments, fused, device="cpu"):
     """(this shard's output and gradients, rows sent forward and backward in elements by way)."""
-    q, k, v, gate, dout, labels = draw_inputs(*input_arguments)
+    q, k, v, gate, dout, labels = (None if x is None else x.to(device) for x in draw_inputs(*input_arguments))
     rank, size = dist.get_rank(), dist.get_world_size()
     m = q.shape[1] // size
     mine = slice(rank * m, (rank + 1) * m)
@@ -69,11 +69,11 @@ def on_a_rank(pattern, options, input_arguments, fused):
         gradients = torch.autograd.grad((out * dout[:, mine]).sum(), [x for x in tensors if x is not None])
     finally:
         dist.all_to_all_single, dist.batch_isend_irecv = all_to_all_single, isend
-    return [out.detach(), *gradients], sent
+    return [x.cpu() for x in (out.detach(), *gradients)], sent
 
 
-def check_equal(pool, pattern, options, input_arguments, fused=False):
-    found = pool.run(on_a_rank, pattern, options, input_arguments, fused)
+def check_equal(pool, pattern, options, input_arguments, fused=False, device="cpu"):
+    found = pool.run(on_a_rank, pattern, options, input_arguments, fused, device)
     expected = oracle(draw_inputs(*input_arguments), pattern, options)
     for index, whole in enumerate(expected):
         parts = torch.cat([shard[index] for shard, _ in found], dim=1)

@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, prepared shards with an index, and the loader with its cursor."""

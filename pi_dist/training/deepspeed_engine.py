@@ -46,6 +46,11 @@ def _low_precision_parameters(config: Config) -> bool:
     return config.training.precision == "bf16" and config.parallel.zero_stage > 0
 
 
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Warnings, but not the one that a CPU is used: the run says so itself."""
+    return record.levelno >= logging.WARNING and "Setting accelerator to CPU" not in record.getMessage()
+
+
 class Engine:
     """A model under DeepSpeed ZeRO: backward, step, and its full fp32 state by parameter name.
 
@@ -54,11 +59,10 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
+        logging.getLogger("DeepSpeed").addFilter(_worth_reading)  # before its import, which already speaks
         import deepspeed
         from deepspeed.accelerator import set_accelerator
-        from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
         if mesh.device.type == "cpu":
             import deepspeed.ops
             from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -77,11 +81,15 @@ class Engine:
             dist_init_required=False,
         )
 
-    @property
-    def model(self) -> nn.Module:
-        return self.engine.module
+    def eval(self) -> None:
+        """No dropout from here on."""
+        self.engine.eval()
 
-    def forward(self, *args: Any) -> torch.Tensor:
+    def train(self) -> None:
+        """Dropout again."""
+        self.engine.train()
+
+    def __call__(self, *args: Any) -> torch.Tensor:
         """Call the model."""
         in_bf16 = self.config.training.precision == "bf16"
         with torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=in_bf16 and self._is_plain()):

@@ -1,0 +1,3 @@
+from pi_dist.cli import main
+
+main()

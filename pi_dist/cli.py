@@ -1,0 +1,330 @@
+"""The command `pi-dist`: parse, then one call. Bad input is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from pi_dist.config import Config, ConfigError, ModelConfig, check_model
+
+BAD_INPUT = 2
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Train a π-Transformer, or resume the run of --run_dir. Start it with torchrun (or "
+        "launch/torchrun.sh) for several ranks; alone it is one rank.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML with any of the fields below; later flags override it"
+    )
+    parser.add_argument(
+        "--record", type=str | None, default=None, help="write times and memory there, as JSON"
+    )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _train(arguments: Namespace) -> int:
+    import torch.distributed as dist
+
+    from pi_dist.training.trainer import train
+
+    values = arguments.as_dict()
+    values.pop("config", None)
+    record = values.pop("record")
+    config, outcome = train(Config.from_dict(values))
+    if dist.get_rank() == 0:
+        print(_closing(config, outcome))
+        if record is not None:
+            from pi_dist.measure.records import training_record, write
+
+            write(training_record(config, dist.get_world_size(), outcome), record)
+    dist.barrier()
+    return 0
+
+
+def _closing(config: Config, outcome: Any) -> str:
+    from pi_dist.data.shards import unigram_entropy
+    from pi_dist.measure.reach import report
+
+    if outcome.stopped_by is not None:
+        return (
+            f"stopped by {outcome.stopped_by} after step {outcome.step}; checkpoint {outcome.checkpoint}\n"
+            "run the same command again to go on"
+        )
+    lines = [
+        "" if outcome.losses else f"the run is done already: {outcome.step} of {config.training.steps} steps"
+    ]
+    if outcome.heldout_loss is not None:
+        entropy = unigram_entropy(config.data.heldout)
+        lines.append(
+            f"held-out loss      {outcome.heldout_loss:.3f} nats/token; the held-out text's own unigram entropy is "
+            f"{entropy:.3f} ({entropy - outcome.heldout_loss:+.3f} better)"
+        )
+    reach = report(config.model, config.training.context)
+    lines += [
+        f"reach              {reach.reach} tokens to the left of {config.training.context} in the context; the last "
+        f"token can see {reach.covered_share:.1%} of what is before it",
+        f"checkpoint         {outcome.checkpoint}",
+        f"TensorBoard        tensorboard --logdir {config.run_dir}/tensorboard",
+    ]
+    return "\n".join(lines)
+
+
+def _prepare_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Turn text into webdataset tar shards of tokens with an index of counts and hashes.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "inputs", nargs="+", help=".txt (one document each), .jsonl, webdataset .tar, or directories"
+    )
+    parser.add_argument("--output", type=str, required=True, help="new directory; gets train/ and heldout/")
+    parser.add_argument(
+        "--tokenizer", type=str | None, default=None, help="a tokenizer.json to use; default: train one"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="tokens of a newly trained byte-level BPE"
+    )
+    parser.add_argument(
+        "--heldout-every", type=int, default=0, help="hold out one document of so many; 0: none"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=50_000_000, help="tokens of one shard")
+    parser.add_argument(
+        "--text-field", type=str, default="text", help="field of JSON objects that holds the text"
+    )
+    parser.add_argument(
+        "--end-of-text", type=str, default="<|endoftext|>", help="token of the tokenizer that ends a document"
+    )
+    return parser
+
+
+def _prepare(arguments: Namespace) -> int:
+    from pi_dist.data.prepare import prepare
+
+    options = arguments.as_dict()
+    summary = prepare(options.pop("inputs"), options.pop("output"), **options)
+    if summary.reused:
+        print("made already from the same inputs and options; nothing to do")
+    for split in filter(None, (summary.train, summary.heldout)):
+        print(
+            f"{split.directory}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"the longest document {split.longest_document:,}"
+        )
+    empty = f", {summary.empty_documents} empty documents left out" if summary.empty_documents else ""
+    print(f"vocabulary {summary.vocab_size:,}{empty}")
+    return 0
+
+
+def _eval_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Loss of a checkpoint on prepared data; under torchrun the data are split over the ranks.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "checkpoint", type=str, help="a run directory (its newest checkpoint) or a checkpoint"
+    )
+    parser.add_argument("--data", type=str, required=True, help="directory of prepared shards")
+    parser.add_argument(
+        "--context", type=int | None, default=None, help="tokens of a sequence; default: as trained"
+    )
+    parser.add_argument("--sp-degree", type=int, default=1, help="ranks that share a sequence")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="write the result there; - is standard output"
+    )
+    return parser
+
+
+def _eval(arguments: Namespace) -> int:
+    import torch.distributed as dist
+
+    from pi_dist.data.shards import unigram_entropy
+    from pi_dist.training.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        arguments.checkpoint, arguments.data, arguments.context, arguments.sp_degree, arguments.device
+    )
+    if dist.get_rank() == 0:
+        result |= {"unigram_entropy": unigram_entropy(arguments.data)}
+        words = (
+            f"{result['loss']:.4f} nats/token (perplexity {result['perplexity']:.2f}) at context {result['context']}, "
+            f"reach {result['reach']}; the text's own unigram entropy is {result['unigram_entropy']:.4f}"
+        )
+        _print_or_write(result, arguments.json, words)
+    dist.barrier()
+    return 0
+
+
+def _generate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Continue a text with a trained model.", exit_on_error=False)
+    parser.add_argument(
+        "checkpoint", type=str, help="a run directory (its newest checkpoint) or a checkpoint"
+    )
+    parser.add_argument("--prompt", type=str, required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="stop after so many tokens")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--top-k", type=int, default=50, help="draw among the likeliest so many; 0: among all"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    return parser
+
+
+def _generate(arguments: Namespace) -> int:
+    import torch
+
+    from pi_dist.data.tokenizer import END_OF_TEXT, load_tokenizer, vocabulary_size
+    from pi_dist.inference.generate import generate
+    from pi_dist.training.checkpoint import load_model, open_checkpoint
+
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    model, _ = load_model(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
+    new = generate(
+        model,
+        tokenizer.encode(arguments.prompt).ids,
+        arguments.max_new_tokens,
+        vocab_size=vocabulary_size(tokenizer),
+        end_of_text=tokenizer.token_to_id(END_OF_TEXT),
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    print(arguments.prompt + tokenizer.decode(list(new)))
+    return 0
+
+
+def _reach_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="How far back a stack of π-attention layers can see, and what share of it.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--layers", type=int, default=12, help="layers of the stack")
+    parser.add_argument("--heads", type=int, default=12, help="query heads (matters for per_head)")
+    parser.add_argument("--window", type=int, default=4, help="k: neighbours on a side, itself not counted")
+    parser.add_argument("--stride", type=int, default=16, help="π: base stride in tokens")
+    parser.add_argument("--num-skips", type=int, default=1, help="M: skip targets i-π … i-Mπ")
+    parser.add_argument("--schedule", type=str, default="fixed", help="fixed, doubling or per_head")
+    parser.add_argument(
+        "--num-strides", type=int | None, default=None, help="c; default: all strides below the context"
+    )
+    parser.add_argument("--context", type=int, default=32768, help="tokens of the sequence")
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="write JSON there instead; - is standard output"
+    )
+    return parser
+
+
+def _reach(arguments: Namespace) -> int:
+    from pi_dist.measure.reach import describe, report, to_json
+
+    if arguments.schedule not in ("fixed", "doubling", "per_head"):
+        raise ConfigError(f"schedule: {arguments.schedule!r} in (fixed, doubling, per_head) does not hold")
+    if arguments.context < 1:
+        raise ConfigError(f"context: context ({arguments.context}) >= 1 does not hold")
+    model = ModelConfig(
+        num_layers=arguments.layers,
+        hidden_size=64 * arguments.heads,
+        num_heads=arguments.heads,
+        window=arguments.window,
+        stride=arguments.stride,
+        num_skips=arguments.num_skips,
+        schedule=arguments.schedule,
+        num_strides=arguments.num_strides,
+    )
+    check_model(model)
+    found = report(model, arguments.context)
+    _print_or_write(to_json(found), arguments.json, describe(found))
+    return 0
+
+
+def _doctor_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="What this machine has for training, and what is missing; exit status 1 if it cannot train.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="write JSON there instead; - is standard output"
+    )
+    return parser
+
+
+def _doctor(arguments: Namespace) -> int:
+    from pi_dist.measure.doctor import describe, diagnose, to_json
+
+    diagnosis = diagnose()
+    _print_or_write(to_json(diagnosis), arguments.json, describe(diagnosis))
+    return 0 if diagnosis.ok else 1
+
+
+def _print_or_write(result: dict, path: str | None, words: str) -> None:
+    """Words to a person, or JSON to a file or (path "-") standard output."""
+    if path is None:
+        print(words)
+    elif path == "-":
+        print(json.dumps(result, indent=1))
+    else:
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+        print(f"written to {path}")
+
+
+COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], int], str]] = {
+    "prepare": (_prepare_parser, _prepare, "text, JSONL or directories to shards of tokens"),
+    "train": (_train_parser, _train, "train or resume a run"),
+    "eval": (_eval_parser, _eval, "loss of a checkpoint on prepared data"),
+    "generate": (_generate_parser, _generate, "continue a text with a trained model"),
+    "reach": (_reach_parser, _reach, "how far back a configuration can see"),
+    "doctor": (_doctor_parser, _doctor, "what this machine has, and what is missing"),
+}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `pi-dist` and `python -m pi_dist`; leaves with an exit status."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # PyTorch 2.13 renames a collective that DeepSpeed (and PyTorch 2.11) knows by its old name only
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: pi-dist COMMAND ...   (pi-dist COMMAND --help tells more)\n")
+        print("\n".join(f"  {name:{width}}  {help_text}" for name, (_, _, help_text) in COMMANDS.items()))
+        sys.exit(0 if argv else BAD_INPUT)
+    if argv[0] not in COMMANDS:
+        print(f"pi-dist: error: {argv[0]!r} is not one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    make_parser, run, _ = COMMANDS[argv[0]]
+    parser = make_parser()
+    parser.prog = f"pi-dist {argv[0]}"
+    try:
+        status = run(parser.parse_args(argv[1:]))
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # ConfigError, ShardError, CheckpointError and a parser's errors among them
+        print(f"pi-dist {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
+        status = BAD_INPUT
+    _leave(status)
+
+
+def _leave(status: int) -> None:
+    """Exit; a process that holds a process group leaves without destructors, in which DeepSpeed may abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,222 @@
+"""`pi-dist prepare`: text in, a prepared directory of token shards out, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from .shards import ShardError, ShardIndex, ShardWriter, fsync, sha256_of
+from .sources import Document, InputFile, PrepareError, list_inputs, read_documents
+from .tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
+
+_HELDOUT_OFFSET = 5
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One prepared directory: documents, tokens (end-of-text included), tokens of the longest document."""
+
+    directory: Path
+    documents: int
+    tokens: int
+    longest_document: int
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What `prepare` made, or found made already from the same inputs and options (`reused`)."""
+
+    train: SplitSummary
+    heldout: SplitSummary | None
+    vocab_size: int
+    empty_documents: int
+    """Texts of nothing but white space, which were left out."""
+    reused: bool
+
+
+def prepare(
+    inputs: list[str],
+    output: str,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int = 8192,
+    heldout_every: int = 0,
+    shard_tokens: int = 50_000_000,
+    text_field: str = "text",
+    end_of_text: str = END_OF_TEXT,
+) -> PrepareSummary:
+    """Tokenize the documents of `inputs` into `output`/train and, if heldout_every > 0, `output`/heldout.
+
+    inputs: .txt (a document each), .jsonl, webdataset .tar files, and directories of them, read in sorted
+    order. tokenizer: a tokenizer.json; None trains a byte-level BPE of vocab_size on the training documents.
+    heldout_every: one document of this many is held out (0: none). shard_tokens: a shard is closed at this
+    size. text_field: key of the text in JSON objects. end_of_text: the token of `tokenizer` that ends a
+    document.
+
+    The output appears by one rename when it is complete. If it is there already and complete, from the same
+    inputs and options, nothing is done. Raises PrepareError (one line, the file named) for input that is
+    refused, for options that cannot work, and for an output that holds anything else.
+    """
+    for name, value, least in (("heldout_every", heldout_every, 0), ("shard_tokens", shard_tokens, 1)):
+        if value < least:
+            raise PrepareError(f"{name}: {name} ({value}) >= {least} does not hold")
+    if heldout_every == 1:
+        raise PrepareError(
+            "heldout_every: heldout_every (1) != 1 does not hold; nothing would be left to train on"
+        )
+    files = list_inputs(inputs)
+    options = {
+        "tokenizer": tokenizer and sha256_of(_existing(tokenizer)),
+        "vocab_size": None if tokenizer else vocab_size,
+        "heldout_every": heldout_every,
+        "shard_tokens": shard_tokens,
+        "text_field": text_field,
+        "end_of_text": end_of_text,
+    }
+    hashes = [[file.name, sha256_of(file.path)] for file in _progress(files, "hash inputs", "file")]
+    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    made_from = {"options": options, "inputs": len(files), "inputs_sha256": digest}
+
+    target = Path(output)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        return _reuse(target, made_from)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.absolute().with_name(f".{target.absolute().name}.preparing-{uuid.uuid4().hex[:8]}")
+    building.mkdir()
+    try:
+        empty = _build(files, building, made_from, tokenizer)
+        changed = [
+            file for file, (_, sha256) in zip(files, hashes, strict=True) if sha256_of(file.path) != sha256
+        ]
+        if changed:
+            raise PrepareError(f"{changed[0].path}: changed while it was read")
+        fsync(building)
+        building.rename(target)
+        fsync(target.absolute().parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return _summary(target, empty, reused=False)
+
+
+def _build(files: list[InputFile], building: Path, made_from: dict, tokenizer_path: str | None) -> int:
+    """Write both splits below `building`; returns the number of empty documents."""
+    options = made_from["options"]
+    every = options["heldout_every"]
+    counts = {"documents": 0, "empty": 0}
+
+    def documents(label: str, total: int | None = None) -> Iterator[Document]:
+        """All documents that are not empty, in order."""
+        counts.update(documents=0, empty=0)
+        read = (document for file in files for document in read_documents(file, options["text_field"]))
+        for document in _progress(read, label, "doc", total):
+            empty = not document.text.strip()
+            counts["empty" if empty else "documents"] += 1
+            if not empty:
+                yield document
+
+    def is_heldout(number: int) -> bool:
+        return every > 0 and number % every == _HELDOUT_OFFSET % every
+
+    total = None
+    saved = Path(tokenizer_path) if tokenizer_path else building / "tokenizer.json"
+    if tokenizer_path is None:
+        texts = (doc.text for n, doc in enumerate(documents("train tokenizer")) if not is_heldout(n))
+        try:
+            train_tokenizer(texts, options["vocab_size"]).save(str(saved))
+        except ValueError as error:
+            raise PrepareError(str(error)) from error
+        total = counts["documents"] + counts["empty"]
+    tokenizer, end_of_text = _usable_tokenizer(saved, options["end_of_text"])
+
+    with ExitStack() as stack:
+        writers = []
+        for split in ("train", "heldout") if every else ("train",):
+            writers.append(
+                ShardWriter(
+                    building / split,
+                    vocab_size=vocabulary_size(tokenizer),
+                    end_of_text=end_of_text,
+                    shard_tokens=options["shard_tokens"],
+                )
+            )
+            stack.callback(writers[-1].abandon)
+        tagged = (
+            ((n, doc.id, doc.source), doc.text) for n, doc in enumerate(documents("write shards", total))
+        )
+        for (number, id, source), ids in encode_texts(tokenizer, tagged):
+            writers[is_heldout(number)].add(ids, id=id, source=source)
+        for writer in writers:
+            if writer.num_documents == 0:
+                raise PrepareError(
+                    f"{writer.directory.name}: no document is left for it; inputs that are not empty:"
+                    f" {counts['documents']}, heldout_every: {every}"
+                )
+            writer.finish(saved, {**made_from, "empty_documents": counts["empty"]})
+    if tokenizer_path is None:
+        saved.unlink()  # each split has its copy
+    return counts["empty"]
+
+
+def _usable_tokenizer(path: Path, end_of_text: str):
+    """(tokenizer, id of its end-of-text token)."""
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
+        raise PrepareError(str(error)) from error
+    token = tokenizer.token_to_id(end_of_text)
+    if token is None:
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
+        raise PrepareError(
+            f"{path}: has no token {end_of_text!r} to end documents with; its added ones: {special}"
+        )
+    return tokenizer, token
+
+
+def _existing(path: str) -> Path:
+    if not os.path.isfile(path):
+        raise PrepareError(f"{path}: no such file")
+    return Path(path)
+
+
+def _reuse(target: Path, made_from: dict) -> PrepareSummary:
+    """The summary of an output that is complete and made from the same; PrepareError for any other."""
+    try:
+        found = dict(ShardIndex.open(target / "train").made_from)
+        if made_from["options"]["heldout_every"] and found["options"]["heldout_every"]:
+            ShardIndex.open(target / "heldout")
+    except ShardError as error:
+        raise PrepareError(f"{target}: is there and is not complete prepared data ({error})") from error
+    empty = found.pop("empty_documents")
+    if found != made_from:
+        pairs = {**found, **found["options"]}, {**made_from, **made_from["options"]}
+        differs = [key for key in pairs[0] if key != "options" and pairs[0][key] != pairs[1].get(key)]
+        raise PrepareError(
+            f"{target}: is there, made from other inputs or options (differ: {', '.join(differs)})"
+        )
+    return _summary(target, empty, reused=True)
+
+
+def _summary(target: Path, empty: int, reused: bool) -> PrepareSummary:
+    """Read back what lies in `target`."""
+    splits = {}
+    for name in ("train", "heldout"):
+        if (target / name).is_dir():
+            index = ShardIndex.open(target / name)
+            longest = int(index.token_counts.max())
+            splits[name] = SplitSummary(target / name, index.num_documents, index.num_tokens, longest)
+    return PrepareSummary(splits["train"], splits.get("heldout"), index.vocab_size, empty, reused)
+
+
+def _progress(items, label: str, unit: str, total: int | None = None):
+    """A progress bar on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, unit=unit, total=total, disable=None)

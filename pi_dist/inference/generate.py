@@ -1,0 +1,61 @@
+"""Plain decoding: the next token from a forward pass over what it can see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pi_dist.model.attention import SequenceContext
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.ops.pattern import total_reach
+
+
+@torch.no_grad()
+def generate(
+    model: PiTransformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    vocab_size: int,
+    end_of_text: int | None = None,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` token ids that follow `prompt`; stops at `end_of_text`.
+
+    Each pass runs over the last reach + 1 tokens at their own positions, which is exact: no earlier token can
+    influence the next one.
+
+    Args:
+        vocab_size: ids from here on are padding of the vocabulary and never drawn.
+        temperature: 0 takes the likeliest token. top_k: draw among so many; 0: among all.
+
+    Raises:
+        ValueError: an empty prompt or options out of range.
+    """
+    if not prompt:
+        raise ValueError("prompt: len(prompt) (0) >= 1 does not hold; the model continues a text")
+    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
+        raise ValueError(
+            f"temperature ({temperature}), top_k ({top_k}), max_new_tokens ({max_new_tokens}) >= 0 does not hold"
+        )
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    sight = total_reach(model.patterns) + 1
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        start = max(0, len(tokens) - sight)
+        visible = torch.tensor([tokens[start:]], device=device)  # [1, T]
+        logits = model(visible, context=SequenceContext(query_start=start))[0, -1, :vocab_size].float().cpu()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if 0 < top_k < vocab_size:
+                logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
+            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        if token == end_of_text:
+            return
+        tokens.append(token)
+        yield token

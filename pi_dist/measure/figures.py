@@ -1,0 +1,272 @@
+"""The two figures of the README, drawn from the definitions that the code uses.
+
+    python -m pi_dist.measure.figures DIR
+
+writes DIR/pattern.svg (who attends to whom, and how far a stack sees) and DIR/exchange.svg (how sequence
+parallelism moves data). The files are the same, byte for byte, on every run with the same matplotlib.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from pi_dist.config import ModelConfig
+from pi_dist.measure.reach import ReachReport, report
+from pi_dist.ops.pattern import PiPattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+_RANK_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
+_INK, _QUIET, _PALE = "#222222", "#666666", "#EBEBEB"
+_STYLE = {
+    "svg.hashsalt": "pi-dist",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _QUIET,
+    "axes.labelcolor": _INK,
+    "xtick.color": _QUIET,
+    "ytick.color": _QUIET,
+}
+_HEADING = {"fontsize": 10.5, "fontweight": "bold"}
+
+_RANKS, _SHARD, _GAP = 4, 8, 2.2
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write the figure, without the date in an SVG file."""
+    metadata = {"Date": None} if os.fspath(path).endswith(".svg") else None
+    figure.savefig(path, facecolor="white", metadata=metadata)
+
+
+def _draw_matrix(axes: Axes, pattern: PiPattern, tokens: int) -> None:
+    """One layer's attention matrix [tokens, tokens]: ring cells and skip cells."""
+    from matplotlib.patches import Rectangle
+
+    (stride,) = pattern.distinct_strides()
+    for i in range(tokens):
+        for offsets, colour in ((pattern.ring_offsets(), _BLUE), (pattern.skip_offsets(stride), _ORANGE)):
+            for j in (i - o for o in offsets if o <= i):
+                axes.add_patch(Rectangle((j + 0.06, i + 0.06), 0.88, 0.88, color=colour, linewidth=0))
+    for at in range(tokens + 1):
+        axes.axhline(at, color=_PALE, linewidth=0.4, zorder=0)
+        axes.axvline(at, color=_PALE, linewidth=0.4, zorder=0)
+    axes.set(xlim=(0, tokens), ylim=(tokens, 0), aspect="equal")
+    ticks = [*range(0, tokens, 8), tokens - 1]
+    axes.set_xticks([t + 0.5 for t in ticks], [str(t) for t in ticks])
+    axes.set_yticks([t + 0.5 for t in ticks], [str(t) for t in ticks])
+    axes.tick_params(length=0)
+    axes.set_xlabel("key position j")
+    axes.set_ylabel("query position i")
+
+
+def _draw_coverage(axes: Axes, r: ReachReport) -> None:
+    """Share of the distances that are reached, in bins of equal width in the logarithm of the distance."""
+    bins = 90
+    edges = sorted({round((r.context - 1) ** (i / bins)) for i in range(bins)} | {r.context})
+    pairs = list(zip(edges, edges[1:], strict=False))
+    shares = [(r.reached >> low & ((1 << high - low) - 1)).bit_count() / (high - low) for low, high in pairs]
+    axes.stairs(shares, edges, fill=True, color=_GREEN, linewidth=0)
+    axes.set(xscale="log", xlim=(1, r.context), ylim=(0, 1.02), yticks=[0, 1], yticklabels=["0 %", "100 %"])
+    axes.set_xticks([10**e for e in range(5)], [f"{10**e:,}" for e in range(5)])
+    axes.minorticks_off()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def draw_pattern(path: str | os.PathLike) -> None:
+    """Draw one layer's attention matrix and, beside it, the distances that 12 layers reach.
+
+    Args:
+        path: the file to write, .svg or .png.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    context = 65536
+    model = ModelConfig(num_layers=12, window=4, stride=16)
+    fixed, doubling = (
+        report(dataclasses.replace(model, schedule=schedule), context) for schedule in ("fixed", "doubling")
+    )
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 4.4))
+        figure.text(0.067, 0.935, "One layer: who attends to whom", **_HEADING)
+        matrix = figure.add_axes((0.067, 0.115, 0.384, 0.785))
+        _draw_matrix(matrix, PiPattern(model.window, model.stride), 40)
+        ring = Patch(color=_BLUE, label=f"ring: itself and the k = {model.window} before it")
+        skip = Patch(color=_ORANGE, label=f"skip: the one π = {model.stride} before it")
+        matrix.legend(
+            handles=[ring, skip], loc="upper right", edgecolor="none", framealpha=1, borderaxespad=0.8
+        )
+
+        figure.text(0.535, 0.935, "Twelve layers: what the last token can see", **_HEADING)
+        upper = figure.add_axes((0.59, 0.575, 0.385, 0.225))
+        figure.text(0.535, 0.85, f"fixed stride: π = {model.stride} in every layer")
+        _draw_coverage(upper, fixed)
+        upper.text(
+            fixed.reach * 1.5,
+            0.5,
+            f"nothing beyond {fixed.reach:,}:\n"
+            f"blind to {100 * (1 - fixed.covered_share):.1f} % of\n"
+            f"{context:,} tokens",
+            va="center",
+            linespacing=1.4,
+        )
+        lower = figure.add_axes((0.59, 0.115, 0.385, 0.225))
+        strides = [s for s in doubling.strides if isinstance(s, int)]
+        figure.text(
+            0.535, 0.39, f"doubling strides: π = {strides[0]}, {strides[1]}, {strides[2]}, …, {strides[-1]:,}"
+        )
+        _draw_coverage(lower, doubling)
+        lower.text(
+            1.6,
+            0.5,
+            f"sees {100 * doubling.covered_share:.1f} % of {context:,} tokens;\n"
+            f"the first that it misses is {doubling.first_hole:,} back",
+            va="center",
+            linespacing=1.4,
+            color="white",
+            fontweight="bold",
+        )
+        lower.set_xlabel("distance back from the last token (log scale)")
+        figure.text(0.537, 0.6875, "share seen", rotation=90, va="center", ha="left")
+        figure.text(0.537, 0.2275, "share seen", rotation=90, va="center", ha="left")
+        _save(figure, path)
+
+
+def _shard_x(token: int) -> float:
+    """Left edge of a token's cell in the row of shards."""
+    return token + token // _SHARD * _GAP
+
+
+def _draw_cell(axes: Axes, x: float, y: float, token: int, full: bool) -> None:
+    """One token's cell in its owner's colour; a row that travels is full, one that stays is pale."""
+    from matplotlib.patches import FancyBboxPatch
+
+    colour = _RANK_COLOURS[token // _SHARD]
+    box = FancyBboxPatch(
+        (x + 0.07, y + 0.07), 0.86, 0.86, boxstyle="round,pad=0,rounding_size=0.14", linewidth=0
+    )
+    box.set_facecolor(colour if full else (*_mix(colour, 0.18),))
+    axes.add_patch(box)
+    ink = "white" if full and colour == _BLUE else _INK if full else _QUIET
+    axes.text(x + 0.5, y + 0.47, str(token), ha="center", va="center", fontsize=7.5, color=ink)
+
+
+def _mix(colour: str, share: float) -> tuple[float, float, float]:
+    """The colour thinned with white."""
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return 1 - share * (1 - red), 1 - share * (1 - green), 1 - share * (1 - blue)
+
+
+def _draw_ribbon(axes: Axes, source: float, target: float, width: float, top: float, bottom: float) -> None:
+    """Rows on their way: a band from x = source at the top to x = target at the bottom, ending in a head."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    colour = _RANK_COLOURS[int(source // (_SHARD + _GAP))]
+    neck, bend = bottom - 0.62, (bottom - top) * 0.48
+    left, right = source + 0.08, source + width - 0.08
+    band = [
+        (left, top),
+        *[(left, top + bend), (target + 0.28, neck - bend), (target + 0.28, neck)],
+        *[(target + 0.02, neck), (target + width / 2, bottom), (target + width - 0.02, neck)],
+        (target + width - 0.28, neck),
+        *[(target + width - 0.28, neck - bend), (right, top + bend), (right, top)],
+        (left, top),
+    ]
+    curve = [Path.CURVE4] * 3
+    codes = [Path.MOVETO, *curve, *[Path.LINETO] * 4, *curve, Path.CLOSEPOLY]
+    axes.add_patch(PathPatch(Path(band, codes), facecolor=colour, alpha=0.4, linewidth=0))
+
+
+def _draw_transfer(axes: Axes, y: float, title: str, offsets: tuple[int, ...]) -> None:
+    """The shards, what each rank receives of them for these offsets, and the bands between the two."""
+    top, bottom = y + 2.6, y + 6.9  # upper edges of the row of shards and of the row of received cells
+    needed = []
+    for rank in range(_RANKS):
+        own = range(rank * _SHARD, (rank + 1) * _SHARD)
+        needed.append(sorted({i - o for i in own for o in offsets if 0 <= i - o < own.start}))
+    axes.text(-4.4, y + 0.6, title, va="center", **(_HEADING | {"fontsize": 9.5}))
+    axes.text(-4.4, top + 0.5, "shards", va="center", color=_QUIET)
+    axes.text(-4.4, bottom + 0.5, "received", va="center", color=_QUIET)
+    travelling = {token for tokens in needed for token in tokens}
+    for token in range(_RANKS * _SHARD):
+        _draw_cell(axes, _shard_x(token), top, token, token in travelling)
+    for rank, tokens in enumerate(needed):
+        start = _shard_x(rank * _SHARD)
+        axes.text(start + _SHARD / 2, top - 0.55, f"rank {rank}", ha="center", va="center", color=_QUIET)
+        if not tokens:
+            axes.text(start + _SHARD / 2, bottom + 0.5, "nothing", ha="center", va="center", color=_QUIET)
+        left = start + (_SHARD - len(tokens)) / 2
+        for place, token in enumerate(tokens):
+            _draw_cell(axes, left + place, bottom, token, True)
+        for owner in sorted({token // _SHARD for token in tokens}):
+            sent = [token for token in tokens if token // _SHARD == owner]
+            target = left + tokens.index(sent[0])
+            _draw_ribbon(axes, _shard_x(sent[0]), target, len(sent), top + 1.08, bottom - 0.06)
+
+
+def draw_exchange(path: str | os.PathLike) -> None:
+    """Draw which rows four ranks exchange before a layer attends: window halo, short skips, long skips.
+
+    Args:
+        path: the file to write, .svg or .png.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    window, short, long = 2, 5, 11
+    halo = PiPattern(window, 1, num_skips=0).ring_offsets()
+    panels = [
+        (f"Window, k = {window}: the last {window} rows go to the right neighbour, by ring send/recv", halo),
+        (f"Skips, π = {short}: one all_to_all for all ranks", PiPattern(0, short).skip_offsets(short)),
+        (
+            f"Skips, π = {long}, longer than a shard: rows come from two ranks, still in one all_to_all",
+            PiPattern(0, long).skip_offsets(long),
+        ),
+    ]
+    pitch = 9.2
+    left, right, height = -4.8, _shard_x(_RANKS * _SHARD - 1) + 1.2, len(panels) * pitch + 3.2
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 9 * height / (right - left)))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(left, right), ylim=(height, 0), aspect="equal")
+        axes.set_axis_off()
+        for index, (title, offsets) in enumerate(panels):
+            _draw_transfer(axes, 0.3 + index * pitch, title, offsets)
+        foot = len(panels) * pitch + 0.9
+        axes.plot([-4.4, right - 0.2], [foot - 0.8] * 2, color=_PALE, linewidth=1)
+        axes.text(
+            -4.4,
+            foot,
+            f"{_RANKS * _SHARD} tokens on {_RANKS} ranks. "
+            "Strong cells travel, as keys and values; pale ones stay.\n"
+            "Backward: the gradients of received rows go the same way back, and the owner adds them up.",
+            va="top",
+            linespacing=1.6,
+        )
+        _save(figure, path)
+
+
+def main(arguments: list[str]) -> int:
+    """Write both figures into the one directory that is named."""
+    if len(arguments) != 1:
+        print("usage: python -m pi_dist.measure.figures DIR", file=sys.stderr)
+        return 2
+    os.makedirs(arguments[0], exist_ok=True)
+    draw_pattern(os.path.join(arguments[0], "pattern.svg"))
+    draw_exchange(os.path.join(arguments[0], "exchange.svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

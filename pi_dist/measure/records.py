@@ -1,0 +1,98 @@
+"""Measured results as data: one JSON record per command, one flat row per measurement."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from pi_dist.config import Config
+from pi_dist.measure.reach import report
+from pi_dist.model.flops import training_flops_per_token
+from pi_dist.training.trainer import Outcome
+
+# dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
+PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}
+WARM_UP_STEPS = 5
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's kind."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()})"
+
+
+def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
+    """The record of one training run.
+
+    Times are medians over steps after the first few (which compile and allocate), memory is rank 0's peak. ms and
+    peaks in milliseconds and MiB, mfu a share of the data sheet's dense bf16 rate, null where that is not known.
+
+    Raises:
+        ValueError: too few steps to leave the first ones out.
+    """
+    if len(outcome.step_seconds) <= WARM_UP_STEPS:
+        raise ValueError(
+            f"--record: steps of this call ({len(outcome.step_seconds)}) > {WARM_UP_STEPS} does not hold"
+        )
+    t = config.training
+    seconds = statistics.median(outcome.step_seconds[WARM_UP_STEPS:])
+    tokens = t.context * t.batch_size
+    peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
+    flops = training_flops_per_token(config.model, t.context) * tokens
+    reach = report(config.model, t.context)
+    cuda = torch.cuda.is_available() and config.parallel.device != "cpu"
+    row = {
+        "method": "pi",
+        "num_layers": config.model.num_layers,
+        "hidden_size": config.model.hidden_size,
+        "num_parameters": outcome.num_parameters,
+        "tokens": t.context,
+        "batch": t.batch_size,
+        "sp_degree": config.parallel.sp_degree,
+        "world_size": world_size,
+        "zero_stage": config.parallel.zero_stage,
+        "precision": t.precision,
+        "activation_checkpointing": t.activation_checkpointing,
+        "exchange": config.parallel.exchange,
+        "ms": round(seconds * 1e3, 2),
+        "tokens_per_s": round(tokens / seconds),
+        "mfu": round(flops / seconds / world_size / peak, 4) if peak and t.precision == "bf16" else None,
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
+        "reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None,
+        "first_loss": outcome.losses[0],
+        "last_loss": outcome.losses[-1],
+        "heldout_loss": outcome.heldout_loss,
+        "reach": reach.reach,
+        "covered_share": reach.covered_share,
+        "measured": True,
+    }
+    return {
+        "command": " ".join(["pi-dist", *sys.argv[1:]]),
+        "device": device_name(),
+        "versions": versions(),
+        "settings": {"seed": t.seed, "data": Path(config.data.train).parent.name},
+        "rows": [row],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in ("torch", "triton", "deepspeed", "pi-dist"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write(record: dict, path: str) -> None:
+    """Write a record as JSON."""
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,114 @@
+"""Loss of a micro-batch and of held-out data, on any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.distributed as dist
+
+from pi_dist.config import Config, ConfigError, ParallelConfig, accumulation_steps, check
+from pi_dist.data.loader import Batch, SequenceLoader
+from pi_dist.data.shards import ShardIndex
+from pi_dist.model.attention import SequenceContext
+from pi_dist.model.loss import IGNORE
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.ops.pattern import total_reach
+from pi_dist.parallel.collectives import all_gather_tokens
+from pi_dist.parallel.mesh import Mesh, make_mesh
+from pi_dist.parallel.process_group import start, world_size_from_launcher
+from pi_dist.training.checkpoint import load_model, open_checkpoint
+from pi_dist.training.deepspeed_engine import Engine
+
+Model = Engine | PiTransformer
+
+
+def make_loader(index: ShardIndex, config: Config, mesh: Mesh) -> SequenceLoader:
+    """The loader of this rank."""
+    return SequenceLoader(
+        index,
+        config.data,
+        context=config.training.context,
+        micro_batch_size=config.training.micro_batch_size,
+        accumulation_steps=accumulation_steps(config, mesh.world_size),
+        dp_rank=mesh.dp_rank,
+        dp_degree=mesh.dp_degree,
+        sp_rank=mesh.sp_rank,
+        sp_degree=mesh.sp_degree,
+        seed=config.training.seed,
+    )
+
+
+def summed_loss(model: Model, mesh: Mesh, batch: Batch, parallel: ParallelConfig, seed: int) -> torch.Tensor:
+    """Σ of this rank's token losses of one micro-batch, in nats, fp32 scalar.
+
+    Documents and padding of the whole sequences travel here, once for all layers.
+    """
+    context = SequenceContext(
+        labels=all_gather_tokens(batch.segment_ids.to(mesh.device), mesh.sp_group),
+        query_start=batch.query_start,
+        row_start=batch.row_start,
+        seed=seed,
+        group=mesh.sp_group,
+        fused_exchange=parallel.exchange == "all_to_all",
+    )
+    return model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device), context)
+
+
+@torch.no_grad()
+def heldout_loss(model: Model, mesh: Mesh, loader: SequenceLoader, parallel: ParallelConfig) -> float:
+    """Mean loss over every valid token of the loader's sequences, nats a token; the same on every rank."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for batch in loader.evaluate():
+        total[0] += summed_loss(model, mesh, batch, parallel, seed=0)
+        total[1] += (batch.labels != IGNORE).sum().to(mesh.device)
+    model.train()
+    dist.all_reduce(total)
+    return (total[0] / total[1].clamp(min=1)).item()
+
+
+def evaluate_checkpoint(
+    path: str, data: str, context: int | None, sp_degree: int, device_choice: str
+) -> dict:
+    """Held-out loss of a checkpoint on prepared data; every rank of the launcher calls it.
+
+    Args:
+        path: a run directory or a checkpoint. context: tokens of a sequence; None: as trained.
+
+    Returns:
+        checkpoint, step, context, loss (nats a token), perplexity, reach (tokens).
+
+    Raises:
+        ConfigError, ShardError, CheckpointError: as in training.
+    """
+    index = ShardIndex.open(data)
+    checkpoint = open_checkpoint(path)
+    trained = Config.from_dict(checkpoint.state["config"])
+    context = trained.training.context if context is None else context
+    dp_degree = max(1, world_size_from_launcher() // sp_degree)
+    config = dataclasses.replace(
+        trained,
+        parallel=dataclasses.replace(trained.parallel, sp_degree=sp_degree, device=device_choice),
+        training=dataclasses.replace(
+            trained.training, context=context, batch_size=dp_degree, micro_batch_size=1
+        ),
+    )
+    check(config, world_size_from_launcher())
+    if index.vocab_size > trained.model.vocab_size:
+        raise ConfigError(
+            f"data: its vocabulary ({index.vocab_size}) <= the model's ({trained.model.vocab_size}) does not hold"
+        )
+    mesh = make_mesh(sp_degree, start(device_choice, config.parallel.timeout_s))
+    model, _ = load_model(checkpoint, mesh.device)
+    loader = make_loader(index, config, mesh)
+    loss = heldout_loss(model, mesh, loader, config.parallel)
+    return {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "context": context,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "reach": total_reach(model.patterns),
+    }

@@ -1,0 +1,75 @@
+"""What a person sees of a run: TensorBoard points and a progress bar, or lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Metrics:
+    """Writes the points of one run; only rank 0 has one.
+
+    Args:
+        start_step: points from here on replace those of an earlier attempt.
+    """
+
+    def __init__(self, run_dir: str | Path, start_step: int, steps: int, log_every: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory = Path(run_dir) / "tensorboard"
+        self._writer = SummaryWriter(str(self.directory), purge_step=start_step + 1 if start_step else None)
+        self._start, self._steps, self._log_every = start_step, steps, log_every
+        self._began = self._last = time.monotonic()
+        self._tokens = 0
+        self._bar = tqdm(
+            total=steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def step(self, step: int, loss: float, tokens: int, learning_rate: float, gradient_norm: float) -> None:
+        """Optimizer step number `step` (1 is the first) is done; `loss` in nats a token, `tokens` in this step."""
+        now = time.monotonic()
+        rate, self._last = tokens / max(now - self._last, 1e-9), now
+        self._tokens += tokens
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(1)
+        if step % self._log_every and step != self._steps:
+            return
+        for name, value in (
+            ("train/loss", loss),
+            ("train/tokens_per_second", rate),
+            ("train/learning_rate", learning_rate),
+            ("train/gradient_norm", gradient_norm),
+        ):
+            self._writer.add_scalar(name, value, step)
+        if self._bar.disable:
+            elapsed = now - self._began
+            left = elapsed / (step - self._start) * (self._steps - step)
+            average = self._tokens / max(elapsed, 1e-9)
+            print(
+                f"step {step}/{self._steps}  loss {loss:.4f}  {average:,.0f} tokens/s  {_duration(left)} left",
+                flush=True,
+            )
+
+    def heldout(self, step: int, loss: float) -> None:
+        """The held-out loss after `step` steps, in nats a token."""
+        self._writer.add_scalar("heldout/loss", loss, step)
+        self.say(f"step {step}: held-out loss {loss:.4f} nats/token")
+        self._last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._writer.close()

@@ -1,0 +1,284 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pi_dist.config import Config, ConfigError, check
+from pi_dist.data.loader import Batch, SequenceLoader
+from pi_dist.data.shards import ShardIndex, sha256_of
+from pi_dist.model.loss import IGNORE
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.ops.dropout import derive_seed
+from pi_dist.parallel.mesh import Mesh, make_mesh
+from pi_dist.parallel.process_group import start, world_size_from_launcher
+from pi_dist.training import checkpoint as checkpoints
+from pi_dist.training.deepspeed_engine import Engine
+from pi_dist.training.evaluate import heldout_loss, make_loader, summed_loss
+from pi_dist.training.metrics import Metrics
+from pi_dist.training.optimizer import learning_rate
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        step: optimizer steps done. losses: training loss of each step of this call, nats a token. step_seconds: the
+            time of each, data included, evaluation and checkpoints not.
+        heldout_loss: nats a token, None without held-out data. checkpoint: the last one. stopped_by: name of the
+            signal that ended it early, None if it is complete.
+    """
+
+    step: int
+    losses: tuple[float, ...]
+    step_seconds: tuple[float, ...]
+    num_parameters: int
+    heldout_loss: float | None
+    checkpoint: Path
+    stopped_by: str | None
+
+
+def resolve(config: Config, vocab_size: int) -> Config:
+    """Fill in what follows from the data: the vocabulary, rounded up to a multiple of 64.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the data's.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=-(-vocab_size // 64) * 64)
+    if model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: vocab_size ({model.vocab_size}) >= that of the data ({vocab_size}) does not hold"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+class _StopRequest:
+    """Remembers that SIGTERM, SIGINT or SIGUSR1 asked this process to stop at the next step boundary."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before = {
+            s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.number = number
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _check_agreement(facts: dict) -> None:
+    """Raise ConfigError on every rank unless all ranks state the same facts."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, facts)
+    for rank, other in enumerate(gathered):
+        keys = [key for key in gathered[0] if gathered[0][key] != other.get(key)]
+        different = [f"{key}: {gathered[0][key]} != {other.get(key)}" for key in keys]
+        if different:
+            raise ConfigError(f"rank 0 and rank {rank} do not run the same: {'; '.join(different)}")
+
+
+def train(config: Config) -> tuple[Config, Outcome]:
+    """Train, or go on training, the run of `config.run_dir`. Every rank calls it.
+
+    Returns:
+        The resolved configuration and how it ended.
+
+    Raises:
+        ConfigError: the configuration cannot work, or is not that of the run found there.
+        ShardError: the data are not what was prepared.
+        CheckpointError: there are checkpoints and none is whole, or the last one could not be written.
+        TrainingError: the loss or the gradient is not finite; no checkpoint is made of it.
+    """
+    check(config, world_size_from_launcher())
+    index = ShardIndex.open(config.data.train, config.data.verify_hashes)
+    heldout_index = None
+    if config.data.heldout is not None:
+        heldout_index = ShardIndex.open(config.data.heldout, config.data.verify_hashes)
+        if sha256_of(index.tokenizer_path) != sha256_of(heldout_index.tokenizer_path):
+            raise ConfigError(
+                f"data.heldout: SHA-256 of {heldout_index.tokenizer_path} == that of {index.tokenizer_path} does not "
+                "hold; its tokens mean something else"
+            )
+    config = resolve(config, index.vocab_size)
+    device = start(config.parallel.device, config.parallel.timeout_s)
+    check(config, dist.get_world_size())
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    _check_agreement(checkpoints.flatten(config.to_dict()) | {"data": index.fingerprint} | versions)
+    mesh = make_mesh(config.parallel.sp_degree, device)
+    found, refused = _find_checkpoint(config, mesh)
+    notes = [f"refused {text}" for text in refused]
+    if found is not None:
+        notes += [f"changed {text}" for text in checkpoints.check_resumable(found, config, index.fingerprint)]
+    first = 0 if found is None else found.step
+
+    model = PiTransformer(
+        config.model, config.training.context, config.training.seed, config.training.activation_checkpointing
+    )
+    num_parameters = model.num_parameters()
+    engine = Engine(model, config, mesh)
+    if found is not None:
+        checkpoints.load(engine, found)
+    loader = make_loader(index, config, mesh)
+    heldout_loader = None if heldout_index is None else make_loader(heldout_index, config, mesh)
+    metrics = None
+    if mesh.rank == 0:
+        _write_config(config)
+        metrics = Metrics(config.run_dir, first, config.training.steps, config.training.log_every)
+        metrics.say(_opening(config, mesh, loader, num_parameters))
+        for note in notes:
+            metrics.say(note)
+        if found is not None:
+            metrics.say(f"resuming at step {found.step} from {found.path}")
+    run = _Run(config, mesh, engine, loader, heldout_loader, metrics, index, num_parameters)
+    try:
+        return config, run.loop(first, found)
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+def _find_checkpoint(config: Config, mesh: Mesh) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, searched for and verified by rank 0 for all."""
+    answer: list = [None]
+    if mesh.rank == 0:
+        try:
+            answer = [checkpoints.find_newest(config.run_dir)]
+        except checkpoints.CheckpointError as failure:
+            answer = [failure]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], checkpoints.CheckpointError):
+        raise answer[0]
+    return answer[0]
+
+
+def _write_config(config: Config) -> None:
+    """Keep the resolved configuration with the run, as YAML that `--config` takes."""
+    import yaml
+
+    path = Path(config.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _opening(config: Config, mesh: Mesh, loader: SequenceLoader, num_parameters: int) -> str:
+    t, p = config.training, config.parallel
+    return (
+        f"{num_parameters:,} parameters, context {t.context}, {mesh.world_size} ranks on {mesh.device.type} "
+        f"(dp {mesh.dp_degree} × sp {p.sp_degree}), ZeRO {p.zero_stage}, {t.precision}\n"
+        f"{loader.num_tokens:,} tokens in {loader.num_sequences:,} sequences an epoch "
+        f"({loader.padding_share:.1%} padding), {t.batch_size} sequences a step, "
+        f"{t.steps * t.batch_size / loader.num_sequences:.2f} epochs in {t.steps} steps"
+    )
+
+
+@dataclass
+class _Run:
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    loader: SequenceLoader
+    heldout_loader: SequenceLoader | None
+    metrics: Metrics | None
+    index: ShardIndex
+    num_parameters: int
+
+    def loop(self, first: int, found: checkpoints.Checkpoint | None) -> Outcome:
+        t = self.config.training
+        stop = _StopRequest()
+        losses: list[float] = []
+        seconds: list[float] = []
+        step = first
+        stopped_by = None
+        saved = None if found is None else found.path
+        heldout = None if found is None else found.state["heldout_loss"]
+        batches = self.loader.iterate(first)
+        try:
+            while step < t.steps:
+                began = time.perf_counter()
+                loss, stopped_by = self._step(step, next(batches), stop)
+                seconds.append(time.perf_counter() - began)
+                losses.append(loss)
+                step += 1
+                last = step == t.steps or stopped_by is not None
+                due = step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0)
+                if self.heldout_loader is not None and due:
+                    heldout = heldout_loss(self.engine, self.mesh, self.heldout_loader, self.config.parallel)
+                    if self.metrics is not None:
+                        self.metrics.heldout(step, heldout)
+                if last or (t.save_every and step % t.save_every == 0):
+                    saved = self._save(step, heldout, last) or saved
+                if stopped_by is not None:
+                    break
+        finally:
+            batches.close()
+            stop.restore()
+        return Outcome(step, tuple(losses), tuple(seconds), self.num_parameters, heldout, saved, stopped_by)
+
+    def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> tuple[float, str | None]:
+        """One optimizer step; returns its loss and the signal that some rank received."""
+        device = self.mesh.device
+        valid = sum((batch.labels != IGNORE).sum() for batch in batches).to(device, torch.float64)
+        dist.all_reduce(valid)
+        seed = derive_seed(self.config.training.seed, step)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for number, batch in enumerate(batches):
+            loss_sum = summed_loss(self.engine, self.mesh, batch, self.config.parallel, seed)
+            total += loss_sum.detach()
+            self.engine.backward(loss_sum, valid.to(loss_sum.dtype))
+            if number + 1 < len(batches):
+                self.engine.step(step)
+        dist.all_reduce(total)
+        loss = (total / valid.clamp(min=1)).item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {step + 1}: the loss is {loss}; the update was not made and nothing was saved"
+            )
+        self.engine.step(step)
+        norm = self.engine.gradient_norm()
+        if not math.isfinite(norm):
+            raise TrainingError(f"step {step + 1}: the gradient norm is {norm}; nothing was saved")
+        if self.metrics is not None:
+            rate = learning_rate(self.config.training, step)
+            self.metrics.step(step + 1, loss, int(valid.item()), rate, norm)
+        number = torch.tensor(stop.number, device=device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return loss, signal.Signals(number.item()).name if number else None
+
+    def _save(self, step: int, heldout: float | None, last: bool) -> Path | None:
+        """Write a checkpoint; a failure is said and survived, unless it is the last."""
+        state = {
+            "step": step,
+            "samples": step * self.config.training.batch_size,
+            "heldout_loss": heldout,
+            "config": self.config.to_dict(),
+            "data": self.index.fingerprint,
+            "versions": {name: version(name) for name in ("torch", "deepspeed")},
+        }
+        keep = self.config.training.keep_checkpoints
+        try:
+            return checkpoints.save(self.engine, self.config.run_dir, state, self.index.tokenizer_path, keep)
+        except checkpoints.CheckpointError as failure:
+            if last:
+                raise
+            if self.metrics is not None:
+                self.metrics.say(f"warning: {failure}; training goes on")
+            return None

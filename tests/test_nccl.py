@@ -1,0 +1,45 @@
+"""The same checks as on gloo, on two GPUs over NCCL. Skipped, with the reason, where there are none."""
+
+import pytest
+import test_key_exchange
+import test_training_parity
+import torch
+from distributed import Ranks
+
+from pi_dist.ops import PiPattern
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Ranks(2, backend="nccl") as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("strides", [5, 21, (3, 3, 9, 9)])
+def test_exchange_equals_the_oracle(pair, strides, causal, fused):
+    """Bidirectional too: both neighbours of a rank are the same rank, and halos must not swap."""
+    pattern = PiPattern(3, strides, causal=causal, num_skips=2)
+    arguments = (0, 2, 32, 4, 2, True, "padded")
+    options = {"dropout_p": 0.2, "seed": 3}
+    test_key_exchange.check_equal(pair, pattern, options, arguments, fused, device="cuda")
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_gradients_equal_one_process_in_every_zero_stage(activation_checkpointing):
+    with Ranks(2, backend="nccl") as ranks:
+        options = {"activation_checkpointing": activation_checkpointing}
+        test_training_parity.check(
+            ranks.run(test_training_parity.on_a_rank, 2, [0, 1, 2, 3], options, True, "cuda")
+        )
+
+
+def test_bf16_gradients_stay_within_the_error_of_bf16():
+    with Ranks(2, backend="nccl") as ranks:
+        found = ranks.run(
+            test_training_parity.on_a_rank, 2, [0, 1, 2, 3], {"precision": "bf16"}, False, "cuda"
+        )
+    test_training_parity.check(found, tolerance=0.06)

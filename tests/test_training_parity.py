@@ -1,0 +1,144 @@
+"""Loss, held-out loss and gradients of any dp × sp × ZeRO stage equal those of one process (fp32, 1e-5).
+
+One process means plain PyTorch on the whole batch, without DeepSpeed or any group. The batch has several documents in
+a row, padding, a sequence whose second half is padding (whole shards without a valid token), grouped-query heads with
+two strides, and attention dropout, which is keyed by position and so the same on any split.
+"""
+
+import pytest
+import torch
+from distributed import Ranks
+
+from pi_dist.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from pi_dist.data.loader import Batch
+from pi_dist.model.attention import SequenceContext
+from pi_dist.model.loss import IGNORE
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.mesh import make_mesh
+from pi_dist.training.deepspeed_engine import Engine
+from pi_dist.training.evaluate import heldout_loss, summed_loss
+
+CONTEXT, ROWS, SEED = 32, 4, 7
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=24,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=37,
+    window=5,
+    strides=[[3, 3, 11, 11], [6, 6, 6, 6]],
+    num_skips=2,
+    attention_dropout=0.1,
+)
+
+
+def global_batch():
+    """Tokens, labels and segment ids [4, 32], the same everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 37, (ROWS, CONTEXT), generator=generator)
+    segment_ids = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
+    segment_ids[0, 13:] = 1  # two documents, their border inside a shard
+    segment_ids[1, 16:] = -1  # half of the sequence, and so whole shards, is padding
+    segment_ids[2, 8:20] = 1
+    segment_ids[2, 20:27] = 2
+    segment_ids[2, 27:] = -1
+    labels = torch.full_like(tokens, IGNORE)
+    same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] >= 0)
+    labels[:, :-1] = torch.where(same, tokens[:, 1:], IGNORE)
+    return tokens, labels, segment_ids
+
+
+def one_process():
+    """(mean loss, held-out loss, gradients by name) without DeepSpeed, groups or accumulation."""
+    tokens, labels, segment_ids = global_batch()
+    model = PiTransformer(MODEL, CONTEXT, seed=1)
+    valid = (labels != IGNORE).sum()
+    loss = model(tokens, labels, SequenceContext(labels=segment_ids, seed=SEED)) / valid
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        heldout = model.eval()(tokens, labels, SequenceContext(labels=segment_ids)) / valid
+    return loss.item(), heldout.item(), gradients
+
+
+class HeldOut:
+    """The global batch dealt over replicas as the loader deals it."""
+
+    def __init__(self, mesh, micro_batch_size):
+        self.mesh, self.size = mesh, micro_batch_size
+
+    def evaluate(self):
+        m = CONTEXT // self.mesh.sp_degree
+        start = self.mesh.sp_rank * m
+        for first in range(self.mesh.dp_rank * self.size, ROWS, self.size * self.mesh.dp_degree):
+            parts = (x[first : first + self.size, start : start + m] for x in global_batch())
+            yield Batch(*parts, query_start=start, row_start=first)
+
+
+def on_a_rank(sp, stages, options, update, device="cpu"):
+    """For each ZeRO stage: (loss, held-out loss, gradients) of one optimizer step's global batch."""
+    mesh = make_mesh(sp, torch.device(device))
+    results = []
+    for stage in stages:
+        training = TrainingConfig(context=CONTEXT, batch_size=ROWS, warmup_steps=1, **options)
+        config = Config(
+            model=MODEL, parallel=ParallelConfig(sp_degree=sp, zero_stage=stage), training=training
+        )
+        model = PiTransformer(MODEL, CONTEXT, 1, training.activation_checkpointing)
+        engine = Engine(model, config, mesh)
+        data = HeldOut(mesh, training.micro_batch_size)
+        heldout = heldout_loss(engine, mesh, data, config.parallel)
+        valid = (global_batch()[1] != IGNORE).sum().to(mesh.device)
+        total = torch.zeros(1, device=mesh.device)
+        batches = list(data.evaluate())
+        for number, batch in enumerate(batches):
+            loss_sum = summed_loss(engine, mesh, batch, config.parallel, SEED)
+            total += loss_sum.detach()
+            engine.backward(loss_sum, valid)
+            if number + 1 < len(batches):
+                engine.step(0)
+        torch.distributed.all_reduce(total)
+        gradients = {name: gradient.to("cpu", copy=True) for name, gradient in engine.gradients()}
+        norm = None
+        if update:
+            engine.step(0)
+            norm = engine.gradient_norm()
+        results.append(((total / valid).item(), heldout, gradients, norm))
+    return results
+
+
+def check(found, tolerance=1e-5):
+    loss, heldout, gradients = one_process()
+    for of_rank in found:
+        for found_loss, found_heldout, found_gradients, norm in of_rank:
+            assert found_loss == pytest.approx(loss, rel=tolerance)
+            assert found_heldout == pytest.approx(heldout, rel=tolerance)
+            assert found_gradients.keys() == gradients.keys()
+            for name, expected in gradients.items():
+                error = (found_gradients[name] - expected).norm() / expected.norm()
+                assert error < tolerance, (name, error.item())
+            if norm is not None:
+                whole = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
+                assert norm == pytest.approx(whole, rel=tolerance)
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("sp", [1, 2, 4, 8])
+def test_equals_one_process_in_every_zero_stage(sp, dp):
+    with Ranks(sp * dp) as ranks:
+        found = ranks.run(on_a_rank, sp, [0, 1, 2, 3], {"clip_norm": 0.05}, True)
+    check(found)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_recomputation_and_larger_micro_batches_change_nothing(zero_stage):
+    with Ranks(4) as ranks:
+        options = {"activation_checkpointing": True, "micro_batch_size": 2}
+        check(ranks.run(on_a_rank, 2, [zero_stage], options, False))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bf16_stays_within_the_error_of_bf16(zero_stage):
+    """No gradient is off by a factor; bf16 has 8 bits, and the sums of two layers lose a few of them."""
+    with Ranks(2) as ranks:
+        check(ranks.run(on_a_rank, 2, [zero_stage], {"precision": "bf16"}, False), tolerance=0.06)
