@@ -326,5 +326,7 @@ def _leave(status: int) -> None:
     sys.stderr.flush()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        if status == 0 and "mpi4py.MPI" in sys.modules:  # else mpirun takes the exit for a crash
+            sys.modules["mpi4py.MPI"].Finalize()
         os._exit(status)
     sys.exit(status)

@@ -56,16 +56,16 @@ class Ranks:
     """`world_size` processes with an initialized group (gloo, or nccl with a GPU each); use as a context manager."""
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests_preload"])
+        context = multiprocessing.get_context(
+            "forkserver" if backend == "gloo" else "spawn"
+        )  # CUDA cannot fork
+        multiprocessing.set_forkserver_preload(["tests_preload"])
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the fork server's
         port = free_port()
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, port, backend, there), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, world_size, port, backend, there))
             process.start()
             there.close()
             self._pipes.append(here)

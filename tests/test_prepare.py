@@ -19,7 +19,24 @@ from pi_dist.data.prepare import PrepareError, prepare
 from pi_dist.data.shards import ShardIndex
 from pi_dist.data.tokenizer import load_tokenizer, train_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while rain falls on old grey roofs".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "rain",
+    "falls",
+    "on",
+    "old",
+    "grey",
+    "roofs",
+]
 
 
 def text_of(number: int) -> str:

@@ -66,7 +66,8 @@ def _self_hash(files: dict) -> str:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    """Compact, so that no byte can change or be missing without being noticed."""
+    path.write_text(json.dumps(value, separators=(",", ":"), sort_keys=True))
     fsync(path)
 
 

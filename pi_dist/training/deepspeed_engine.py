@@ -7,6 +7,8 @@ whole global batch): the mean over the global batch's tokens, in every ZeRO stag
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,12 +76,13 @@ class Engine:
         model.to(mesh.device)
         if _low_precision_parameters(config):
             model.to(torch.bfloat16)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model, config.training),
-            config=deepspeed_config(config, mesh.world_size),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory statistics
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(model, config.training),
+                config=deepspeed_config(config, mesh.world_size),
+                dist_init_required=False,
+            )
 
     def eval(self) -> None:
         """No dropout from here on."""

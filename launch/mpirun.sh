@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains with mpirun: NPROC ranks, placed by MPI (on this machine, or on the nodes of the surrounding allocation).
+#
+#   bash launch/mpirun.sh NPROC CONFIG [overrides]
+#   bash launch/mpirun.sh 2 launch/configs/quickstart.yaml --training.steps=100
+#
+# Uses the mpirun of .venv (extra `mpi`), else the system's; installs that extra where there is neither.
+# OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank. Overrides: see `pi-dist train --help`.
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
+if (($# < 2)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: bash launch/mpirun.sh NPROC CONFIG [overrides]" >&2
+    exit 2
+fi
+nproc="$1" config="$2"
+shift 2
+
+mpirun="$root/.venv/bin/mpirun"
+if [[ -x "$mpirun" ]]; then
+    bash "$root/launch/install.sh"
+elif mpirun="$(command -v mpirun)"; then
+    bash "$root/launch/install.sh"
+else
+    bash "$root/launch/install.sh" mpi
+    mpirun="$root/.venv/bin/mpirun"
+fi
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+options=(-np "$nproc")
+if [[ "$("$mpirun" --version)" == *"Open MPI"* ]]; then
+    # More ranks than cores are allowed; ranks are not tied to cores, since each may run loader workers.
+    options+=(--oversubscribe --bind-to none -x OMP_NUM_THREADS)
+    if ((EUID == 0)); then options+=(--allow-run-as-root); fi
+fi
+exec "$mpirun" "${options[@]}" "$root/.venv/bin/python" -m pi_dist train --config "$config" "$@"

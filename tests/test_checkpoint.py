@@ -1,0 +1,202 @@
+"""Checkpoints under faults that are really injected: bits flipped, files cut, disks full, processes killed."""
+
+import dataclasses
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import Ranks
+from test_trainer import config_for
+
+from pi_dist.data.shards import ShardIndex
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.mesh import make_mesh
+from pi_dist.training import checkpoint
+from pi_dist.training.checkpoint import (
+    CheckpointError,
+    directory,
+    find_newest,
+    load_model,
+    open_checkpoint,
+    verify,
+)
+from pi_dist.training.deepspeed_engine import Engine
+from pi_dist.training.trainer import resolve, train
+
+
+def make_engine(config):
+    mesh = make_mesh(config.parallel.sp_degree, torch.device("cpu"))
+    engine = Engine(PiTransformer(config.model, config.training.context, 1), config, mesh)
+    engine._create_moments(0)
+    return engine
+
+
+def state_of(config, step):
+    return {"step": step, "heldout_loss": None, "config": config.to_dict(), "data": "0" * 64, "samples": 0}
+
+
+def save_steps(config, steps, keep, file_limit=None):
+    """Save checkpoints of these steps; with a limit on the size of files from the second on. Returns the errors."""
+    engine = make_engine(config)
+    tokenizer = ShardIndex.open(config.data.train).tokenizer_path
+    errors = []
+    for step in steps:
+        try:
+            checkpoint.save(engine, config.run_dir, state_of(config, step), tokenizer, keep)
+        except CheckpointError as error:
+            errors.append(str(error))
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    return errors
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    found = config_for(corpus, tmp_path / "run")
+    return resolve(found, ShardIndex.open(corpus / "train").vocab_size)
+
+
+@pytest.fixture
+def saved(config):
+    """Checkpoints of steps 1 and 2, by two ranks."""
+    with Ranks(2) as ranks:
+        ranks.run(save_steps, config, [1, 2], 2)
+    return Path(config.run_dir)
+
+
+def test_any_flipped_bit_is_refused_by_name_and_the_previous_one_used(saved, tmp_path):
+    newest = directory(saved) / "step-00000002"
+    files = sorted(path.name for path in newest.iterdir())
+    assert {"manifest.json", "model.safetensors", "state.json", "tokenizer.json"} < set(files) and len(
+        files
+    ) == 6
+    generator = random.Random(0)
+    for name in files:
+        path = newest / name
+        content = path.read_bytes()
+        for position in {0, len(content) - 2, generator.randrange(len(content))}:
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << generator.randrange(8)
+            path.write_bytes(flipped)
+            found, refused = find_newest(saved)
+            assert found.step == 1, (name, position)
+            assert len(refused) == 1 and name in refused[0]
+        path.write_bytes(content[:-1])
+        assert find_newest(saved)[0].step == 1
+        path.unlink()
+        assert find_newest(saved)[0].step == 1
+        path.write_bytes(content)
+        assert find_newest(saved)[0].step == 2
+
+
+def test_without_a_whole_checkpoint_the_run_does_not_start_anew(saved):
+    for path in directory(saved).glob("step-*/state.json"):
+        path.write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="no checkpoint of the run is whole"):
+        find_newest(saved)
+
+
+def test_only_the_newest_are_kept(config):
+    with Ranks(1) as ranks:
+        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+        ranks.run(save_steps, alone, [1, 2, 3, 4], 2)
+    names = sorted(path.name for path in directory(config.run_dir).iterdir())
+    assert names == ["step-00000003", "step-00000004"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(config):
+    """The kernel refuses to write files beyond 10 kB from the second save on, on every rank."""
+    with Ranks(2) as ranks:
+        errors = ranks.run(save_steps, config, [1, 2], 2, 10_000)
+    assert all(len(of_rank) == 1 and "checkpoint of step 2 not written" in of_rank[0] for of_rank in errors)
+    found, refused = find_newest(config.run_dir)
+    assert found.step == 1 and not refused
+    assert [path.name for path in directory(config.run_dir).iterdir()] == ["step-00000001"]
+
+
+SAVE_FOREVER = """
+import sys
+sys.path[:0] = {paths!r}
+import pickle
+from test_checkpoint import save_steps
+from pi_dist.parallel.process_group import start
+start("cpu", 60.0)
+save_steps(pickle.loads({config!r}), range(1, 10**6), 2)
+"""
+
+
+def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
+    """SIGKILL at twelve random moments of an endless series of saves."""
+    import pickle
+
+    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    code = SAVE_FOREVER.format(paths=sys.path, config=pickle.dumps(alone))
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    snapshots = []
+    generator = random.Random(1)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(directory(config.run_dir).glob("step-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        for number in range(
+            12
+        ):  # what a kill at this moment leaves: the process stands still while it is copied
+            time.sleep(generator.random() * 0.1)
+            process.send_signal(signal.SIGSTOP)
+            snapshot = Path(config.run_dir).parent / f"killed-{number}"
+            shutil.copytree(config.run_dir, snapshot)
+            snapshots.append(snapshot)
+            process.send_signal(signal.SIGCONT)
+    finally:
+        process.kill()
+        process.wait()
+    for snapshot in [*snapshots, Path(config.run_dir)]:
+        found, refused = find_newest(snapshot)
+        assert found is not None and not refused
+        model, _ = load_model(found, torch.device("cpu"))
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_exported_weights_are_the_model(saved, config):
+    model, found = load_model(open_checkpoint(saved), torch.device("cpu"))
+    assert found == config
+    expected = PiTransformer(config.model, config.training.context, 1)
+    for (name, a), (_, b) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert open_checkpoint(directory(saved) / "step-00000001").step == 1
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        open_checkpoint(saved.parent)
+
+
+def resume(config):
+    try:
+        return train(config)[1].losses
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_damage_is_refused_on_all_ranks(saved, config):
+    for path in directory(saved).glob("step-*/model.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    with Ranks(2) as ranks:
+        errors = ranks.run(resume, config)
+    assert all(
+        "model.safetensors" in error and "no checkpoint of the run is whole" in error for error in errors
+    )
+
+
+def test_verify_names_a_future_format(saved):
+    path = directory(saved) / "step-00000002"
+    found = verify(path)
+    assert found.state["format"] == 1

@@ -1,0 +1,190 @@
+"""The model: reach by autograd, far rotary positions, the tiled loss, the gate and its ablations, FLOPs."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pi_dist.config import ModelConfig
+from pi_dist.measure.reach import report
+from pi_dist.model.attention import Gate, SequenceContext
+from pi_dist.model.flops import mean_pairs, training_flops_per_token
+from pi_dist.model.loss import IGNORE, summed_cross_entropy
+from pi_dist.model.rotary import rotary_table, rotate
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.ops.oracle import neighbour_masks
+from pi_dist.ops.pattern import layer_patterns
+
+TINY = ModelConfig(
+    num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, vocab_size=23, window=2, stride=5
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_layers": 3, "window": 1, "stride": 7},
+        {"num_layers": 4, "schedule": "doubling", "stride": 4},
+        {"num_layers": 3, "schedule": "per_head", "stride": 4},
+        {"num_layers": 2, "num_skips": 3, "stride": 6},
+        {"num_layers": 3, "num_skips": 0},
+        {"num_layers": 2, "window": 0, "stride": 9},
+        {"num_layers": 3, "include_self": False},
+        {"num_layers": 3, "ring": False},
+        {"num_layers": 3, "skip": False},
+        {"num_layers": 2, "strides": [3, 17]},
+        {"num_layers": 2, "strides": [[3, 3, 8, 8], [11, 11, 2, 2]]},
+        {"num_layers": 4, "schedule": "doubling", "num_strides": 2, "num_skips": 2},
+        {"num_layers": 2, "causal": False, "num_skips": 2},
+    ],
+)
+def test_reach_is_what_autograd_finds(changes):
+    """The distances whose embedding has a gradient from the last token's output are exactly those computed."""
+    context = 64
+    config = dataclasses.replace(TINY, **changes)
+    model = PiTransformer(config, context, seed=1).double()
+    with torch.no_grad():  # far from zero, so that no path cancels or vanishes
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    inputs = torch.randn(1, context, 16, dtype=torch.float64, requires_grad=True)
+    model.embedding = torch.nn.Identity()
+    out = model.hidden(inputs, SequenceContext())[0, -1]
+    gradient = torch.autograd.grad(out, inputs, torch.randn_like(out))[0][0].abs().sum(-1)
+    found = {context - 1 - position for position in gradient.nonzero().flatten().tolist()}
+    expected = report(config, context)
+    assert found == {d for d in range(context) if expected.reached >> d & 1}
+    assert max(found) == expected.reach_in_context
+    assert (len(found) - 1) / (context - 1) == pytest.approx(expected.covered_share)
+
+
+def test_rotary_angles_beyond_fp32():
+    """At position 2^27+1 fp32 would see 2^27; the table must see the difference, and exactly."""
+    far = 2**27 + 1
+    cos, sin = rotary_table(far, 1, 8, 10000.0, torch.device("cpu"))
+    cos_before, _ = rotary_table(far - 1, 1, 8, 10000.0, torch.device("cpu"))
+    frequencies = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    assert torch.equal(cos[0], torch.cos(far * frequencies).float())
+    assert torch.equal(sin[0], torch.sin(far * frequencies).float())
+    assert (cos - cos_before).abs().max() > 0.1
+
+
+def test_rotated_scores_depend_on_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, 8).unbind()
+    scores = []
+    for start in (0, 1000, 2**30):
+        table = rotary_table(start, 6, 8, 10000.0, torch.device("cpu"))
+        q_turned, k_turned = (rotate(x.expand(1, 6, 1, 8), table)[0, :, 0] for x in (q, k))
+        scores.append((q_turned[5] @ k_turned[2]).item())
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 5000])
+def test_summed_cross_entropy_and_its_gradients(rows):
+    """Against PyTorch's own, through several tiles (5000 rows of a vocabulary of 30,000), some labels absent."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = 30_000 if rows == 5000 else 37
+    hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab, 8, generator=generator, requires_grad=True)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    labels[::3] = IGNORE
+    found = summed_cross_entropy(hidden, weight, labels)
+    expected = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(0.3 * found, (hidden, weight)),
+        torch.autograd.grad(0.3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_labels_has_zero_loss_that_is_connected():
+    model = PiTransformer(TINY, 16)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    loss = model(tokens, torch.full_like(tokens, IGNORE), SequenceContext())
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_gate_keeps_small_complements_in_bf16():
+    """At a pre-activation of 9 bf16 would round α to 1 and log(1-α) to the clamp's edge; fp32 keeps 1-α."""
+    gate = Gate(TINY).to(torch.bfloat16)
+    with torch.no_grad():
+        gate.down.weight.zero_()
+        gate.down.bias.fill_(9.0)
+    alpha = gate(torch.randn(1, 3, 16, dtype=torch.bfloat16))
+    assert alpha.dtype == torch.float32
+    assert (1 - alpha).allclose(torch.tensor(1.234e-4), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gated"),
+    [
+        ({"gate": "dynamic"}, True),
+        ({"gate": "dynamic", "gate_input": "query"}, True),
+        ({"gate": "static"}, True),
+        ({"gate": "none"}, False),
+        ({"skip": False}, False),
+        ({"ring": False}, False),
+        ({"num_skips": 0}, False),
+    ],
+)
+def test_gate_and_its_ablations_train(changes, gated):
+    model = PiTransformer(dataclasses.replace(TINY, **changes), 32, seed=3)
+    tokens = torch.randint(0, 23, (2, 32), generator=torch.Generator().manual_seed(0))
+    model(tokens, tokens, SequenceContext()).backward()
+    assert (model.blocks[0].attention.gate is not None) == gated
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    if gated:
+        assert all(p.grad.abs().sum() > 0 for p in model.blocks[0].attention.gate.parameters())
+
+
+def test_recomputation_gives_the_same_gradients():
+    gradients = []
+    for activation_checkpointing in (False, True):
+        config = dataclasses.replace(TINY, attention_dropout=0.2)
+        model = PiTransformer(config, 32, 5, activation_checkpointing)
+        tokens = torch.randint(0, 23, (2, 32), generator=torch.Generator().manual_seed(0))
+        model(tokens, tokens, SequenceContext(seed=9)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_presets_have_the_stated_size():
+    """About 124M, 353M and 693M with a vocabulary of 50k, the gate on top (the paper says 125M, 750M and 1.5B)."""
+    for layers, width, heads, plain in (
+        (12, 768, 12, 123.6e6),
+        (24, 1024, 16, 353.6e6),
+        (32, 1280, 20, 693.7e6),
+    ):
+        config = ModelConfig(num_layers=layers, hidden_size=width, num_heads=heads, vocab_size=50304)
+        with torch.device("meta"):
+            model = PiTransformer(dataclasses.replace(config, gate="none"), 4096)
+            gate = sum(p.numel() for p in Gate(config).parameters())
+        assert model.num_parameters() == pytest.approx(plain, rel=2e-3)
+        assert gate == width * width // 2 + width // 2 + width // 2 * heads + heads
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "per_head", "num_skips": 3}, {"causal": False}])
+def test_mean_pairs_counts_the_masks(changes):
+    config = dataclasses.replace(TINY, **changes)
+    positions = torch.arange(40)
+    total = 0
+    for pattern in layer_patterns(config, 40):
+        for stride in pattern.head_strides(config.num_heads):
+            ring, skip = neighbour_masks(pattern, stride, positions, positions)
+            total += (ring | skip).sum().item() / config.num_heads
+    assert mean_pairs(config, 40) == pytest.approx(total / 40 / config.num_layers)
+
+
+def test_flops_are_those_of_the_matrices_and_the_pairs():
+    """An independent count: every nn.Linear by its own shape (2 FLOP a multiply-add, three passes), head and pairs."""
+    model = PiTransformer(TINY, 4096)
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    head = TINY.vocab_size * TINY.hidden_size
+    pairs = mean_pairs(TINY, 4096) * TINY.num_layers * TINY.num_heads
+    expected = 6 * (linears + head) + 12 * pairs * TINY.head_dim
+    assert training_flops_per_token(TINY, 4096) == pytest.approx(expected)

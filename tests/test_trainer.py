@@ -1,0 +1,204 @@
+"""Whole training runs on real ranks: resume, other splits, TensorBoard, signals, what must stop a run."""
+
+import dataclasses
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from distributed import Ranks
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pi_dist.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from pi_dist.training.checkpoint import directory, find_newest
+from pi_dist.training.trainer import TrainingError, train
+
+
+def config_for(corpus, run_dir, *, sp=2, stage=2, steps=6, **training):
+    return Config(
+        run_dir=str(run_dir),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_heads=4,
+            num_kv_heads=2,
+            window=4,
+            stride=16,
+            attention_dropout=0.1,
+        ),
+        data=DataConfig(train=str(corpus / "train"), heldout=str(corpus / "heldout")),
+        parallel=ParallelConfig(sp_degree=sp, zero_stage=stage, device="cpu"),
+        training=TrainingConfig(
+            **{
+                "context": 128,
+                "batch_size": 4,
+                "steps": steps,
+                "learning_rate": 3e-3,
+                "warmup_steps": 2,
+                "eval_every": 3,
+                "save_every": 3,
+                "seed": 5,
+            }
+            | training
+        ),
+    )
+
+
+def run(config, stop_after=None):
+    """`train` on one rank; asks for a stop when this many seconds have passed."""
+    if stop_after is not None and torch.distributed.get_rank() == 1:
+        threading.Timer(stop_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        return train(config)[1]
+    except (ConfigError, TrainingError) as error:
+        return error
+
+
+def train_on(world_size, config, **options):
+    with Ranks(world_size) as ranks:
+        return ranks.run(run, config, **options) if not options else ranks.run(run, config, *options.values())
+
+
+def weights(run_dir, step):
+    return load_file(directory(run_dir) / f"step-{step:08d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """Six steps without a stop, sp 2, ZeRO-2."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    outcomes = train_on(2, config_for(corpus, run_dir))
+    return run_dir, outcomes[0]
+
+
+def test_training_learns_and_ranks_agree(undisturbed, corpus):
+    run_dir, outcome = undisturbed
+    assert outcome.step == 6 and outcome.stopped_by is None and len(outcome.losses) == 6
+    assert outcome.losses[-1] < outcome.losses[0] - 0.05
+    assert outcome.heldout_loss < outcome.losses[0]
+    assert outcome.checkpoint == directory(run_dir) / "step-00000006"
+    assert (run_dir / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_bit_equal(corpus, tmp_path, stage):
+    """Three steps, a new set of processes, three more: every weight and loss equals the undisturbed run's."""
+    straight = train_on(2, config_for(corpus, tmp_path / "straight", stage=stage))[0]
+    config = config_for(corpus, tmp_path / "resumed", stage=stage)
+    half = dataclasses.replace(config, training=dataclasses.replace(config.training, save_every=3))
+    with Ranks(2) as ranks:
+        first = ranks.run(run_three, half)[0]
+    second = train_on(2, config)[0]
+    assert first + second.losses == straight.losses
+    a, b = weights(tmp_path / "straight", 6), weights(tmp_path / "resumed", 6)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run_three(config):
+    """The first three steps of a run of six, then the process is gone: stops itself through the signal."""
+    from pi_dist.training import trainer
+
+    original = trainer._Run._step
+
+    def stop_at_three(self, step, batches, stop):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, step, batches, stop)
+
+    trainer._Run._step = stop_at_three
+    outcome = train(config)[1]
+    assert outcome.stopped_by == "SIGUSR1" and outcome.step == 3
+    return outcome.losses
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sp", "stage", "micro_batch_size"),
+    [(1, 1, 0, 4), (4, 4, 1, 1), (4, 2, 3, 2), (2, 1, 2, 1)],
+)
+def test_resume_on_another_number_of_ranks(
+    undisturbed, corpus, tmp_path, world_size, sp, stage, micro_batch_size
+):
+    """From the third step of the sp 2, ZeRO-2 run: same data, same dropout, same losses up to rounding."""
+    run_dir, outcome = undisturbed
+    (tmp_path / "checkpoints").mkdir()
+    os.symlink(directory(run_dir) / "step-00000003", tmp_path / "checkpoints" / "step-00000003")
+    config = config_for(corpus, tmp_path, sp=sp, stage=stage, micro_batch_size=micro_batch_size)
+    resumed = train_on(world_size, config)[0]
+    assert resumed.losses == pytest.approx(outcome.losses[3:], rel=1e-5)
+    assert resumed.heldout_loss == pytest.approx(outcome.heldout_loss, rel=1e-5)
+
+
+def test_a_finished_run_says_so_and_keeps_its_result(undisturbed, corpus):
+    run_dir, outcome = undisturbed
+    again = train_on(2, config_for(corpus, run_dir))[0]
+    assert again.losses == () and again.step == 6
+    assert again.heldout_loss == outcome.heldout_loss and again.checkpoint == outcome.checkpoint
+
+
+def test_tensorboard_files_are_read_back(undisturbed):
+    run_dir, outcome = undisturbed
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    tags = {
+        "train/loss",
+        "train/tokens_per_second",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "heldout/loss",
+    }
+    assert set(events.Tags()["scalars"]) == tags
+    losses = events.Scalars("train/loss")
+    assert [point.step for point in losses] == [1, 2, 3, 4, 5, 6]
+    assert [point.value for point in losses] == pytest.approx(outcome.losses, rel=1e-6)
+    assert [point.step for point in events.Scalars("heldout/loss")] == [3, 6]
+    assert events.Scalars("heldout/loss")[-1].value == pytest.approx(outcome.heldout_loss, rel=1e-6)
+
+
+def test_sigterm_to_one_rank_saves_at_the_next_step_boundary(corpus, tmp_path):
+    outcomes = train_on(
+        2, config_for(corpus, tmp_path, steps=100_000, eval_every=0, save_every=0), stop_after=3.0
+    )
+    assert {o.stopped_by for o in outcomes} == {"SIGTERM"} and len({o.step for o in outcomes}) == 1
+    found, refused = find_newest(tmp_path)
+    assert found.step == outcomes[0].step > 0 and not refused
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(corpus, tmp_path):
+    outcomes = train_on(
+        2, config_for(corpus, tmp_path, steps=50, learning_rate=1e30, warmup_steps=0, save_every=0)
+    )
+    assert all(isinstance(o, TrainingError) and "nothing was saved" in str(o) for o in outcomes)
+    assert find_newest(tmp_path) == (None, [])
+
+
+def run_with_own_seed(config):
+    rank = torch.distributed.get_rank()
+    return run(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=rank)))
+
+
+def test_ranks_with_another_configuration_are_refused(corpus, tmp_path):
+    with Ranks(2) as ranks:
+        outcomes = ranks.run(run_with_own_seed, config_for(corpus, tmp_path))
+    assert all(isinstance(o, ConfigError) and "training.seed: 0 != 1" in str(o) for o in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training": {"seed": 6}}, "training.seed: 5 -> 6"),
+        ({"training": {"batch_size": 2}}, "training.batch_size: 4 -> 2"),
+        ({"model": {"window": 8}}, "model.window: 4 -> 8"),
+        ({"data": {"train": "heldout"}}, "data.train: content"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(undisturbed, corpus, change, named):
+    run_dir, _ = undisturbed
+    config = config_for(corpus, run_dir)
+    for part, values in change.items():
+        if part == "data":
+            values = {"train": str(corpus / values["train"])}
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
+    error = train_on(2, config)[0]
+    assert isinstance(error, ConfigError) and named in str(error)
