@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
 from typing import Any
 
@@ -32,21 +33,38 @@ def _train_parser() -> ArgumentParser:
     return parser
 
 
+def _config(arguments: Namespace) -> Config:
+    values = arguments.as_dict()
+    del values["config"], values["record"]
+    return Config.from_dict(values)
+
+
+def read_config(flags: list[str]) -> Config:
+    """The configuration that `pi-dist train` makes of these flags.
+
+    Raises:
+        ValueError: an unknown key or a value of another type.
+    """
+    return _config(_train_parser().parse_args(flags))
+
+
+def run_directory(flags: list[str]) -> str:
+    """Where `pi-dist train` with these flags puts its run."""
+    return read_config(flags).run_dir
+
+
 def _train(arguments: Namespace) -> int:
     import torch.distributed as dist
 
     from pi_dist.training.trainer import train
 
-    values = arguments.as_dict()
-    values.pop("config", None)
-    record = values.pop("record")
-    config, outcome = train(Config.from_dict(values))
+    config, outcome = train(_config(arguments))
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
-        if record is not None:
+        if arguments.record is not None:
             from pi_dist.measure.records import training_record, write
 
-            write(training_record(config, dist.get_world_size(), outcome), record)
+            write(training_record(config, dist.get_world_size(), outcome), arguments.record)
     dist.barrier()
     return 0
 
@@ -66,13 +84,14 @@ def _closing(config: Config, outcome: Any) -> str:
     if outcome.heldout_loss is not None:
         entropy = unigram_entropy(config.data.heldout)
         lines.append(
-            f"held-out loss      {outcome.heldout_loss:.3f} nats/token; the held-out text's own unigram entropy is "
+            f"held-out loss      {outcome.heldout_loss:.3f} nats/token; "
+            f"the held-out text's own unigram entropy is "
             f"{entropy:.3f} ({entropy - outcome.heldout_loss:+.3f} better)"
         )
     reach = report(config.model, config.training.context)
     lines += [
-        f"reach              {reach.reach} tokens to the left of {config.training.context} in the context; the last "
-        f"token can see {reach.covered_share:.1%} of what is before it",
+        f"reach              {reach.reach} tokens to the left of {config.training.context} in the context; "
+        f"the last token can see {reach.covered_share:.1%} of what is before it",
         f"checkpoint         {outcome.checkpoint}",
         f"TensorBoard        tensorboard --logdir {config.run_dir}/tensorboard",
     ]
@@ -126,7 +145,8 @@ def _prepare(arguments: Namespace) -> int:
 
 def _eval_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Loss of a checkpoint on prepared data; under torchrun the data are split over the ranks.",
+        description="Loss of a checkpoint on prepared data; "
+        "under torchrun the data are split over the ranks.",
         exit_on_error=False,
     )
     parser.add_argument(
@@ -156,8 +176,9 @@ def _eval(arguments: Namespace) -> int:
     if dist.get_rank() == 0:
         result |= {"unigram_entropy": unigram_entropy(arguments.data)}
         words = (
-            f"{result['loss']:.4f} nats/token (perplexity {result['perplexity']:.2f}) at context {result['context']}, "
-            f"reach {result['reach']}; the text's own unigram entropy is {result['unigram_entropy']:.4f}"
+            f"{result['loss']:.4f} nats/token (perplexity {result['perplexity']:.2f}) "
+            f"at context {result['context']}, reach {result['reach']}; "
+            f"the text's own unigram entropy is {result['unigram_entropy']:.4f}"
         )
         _print_or_write(result, arguments.json, words)
     dist.barrier()
@@ -249,7 +270,8 @@ def _reach(arguments: Namespace) -> int:
 
 def _doctor_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="What this machine has for training, and what is missing; exit status 1 if it cannot train.",
+        description="What this machine has for training, and what is missing; "
+        "exit status 1 if it cannot train.",
         exit_on_error=False,
     )
     parser.add_argument(
@@ -311,10 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.prog = f"pi-dist {argv[0]}"
     try:
         status = run(parser.parse_args(argv[1:]))
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # ConfigError, ShardError, CheckpointError and a parser's errors among them
+    except (ArgumentError, ValueError, OSError) as error:
         print(f"pi-dist {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
         status = BAD_INPUT
     _leave(status)

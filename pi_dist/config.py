@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses, one field documented where it is defined, and every cross-check.
+"""The configuration of a run: frozen dataclasses, each field documented where it is defined, and all checks.
 
-Standard library only: a configuration is checked before torch, a GPU or a file is touched. A refused configuration
-raises `ConfigError`, whose text is one line that names the key and prints the failing equation.
+Standard library only: a configuration is checked before torch, a GPU or a file is touched. A refused
+configuration raises `ConfigError`, whose text is one line that names the key and prints the failing equation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class ModelConfig:
     num_kv_heads: int | None = None
     """Key/value heads (grouped-query attention); must divide num_heads. Default: num_heads."""
     vocab_size: int | None = None
-    """Vocabulary of the model. Default: that of the prepared data's tokenizer, rounded up to a multiple of 64."""
+    """Vocabulary of the model.
+    Default: that of the prepared data's tokenizer, rounded up to a multiple of 64."""
     window: int = 4
     """k: neighbours on a side that a token attends to, the token itself not counted."""
     stride: int = 16
@@ -40,7 +41,8 @@ class ModelConfig:
     num_strides: int | None = None
     """c of the schedule. Default: the most that keep every stride below the context."""
     strides: list[int] | list[list[int]] | None = None
-    """Explicit strides, one per layer or one list per layer with one per head; replaces stride and schedule."""
+    """Explicit strides, one per layer or one list per layer with one per head;
+    replaces stride and schedule."""
     include_self: bool = True
     """Whether a token attends to itself (eq. 2 does, Algorithm 1 does not)."""
     ring: bool = True
@@ -52,7 +54,8 @@ class ModelConfig:
     gate: Literal["dynamic", "static", "none"] = "dynamic"
     """dynamic: the MLP of eq. (4); static: one learned value per head; none: no prior."""
     gate_input: Literal["hidden", "query"] = "hidden"
-    """What the gate's MLP reads: the hidden state (the paper's listing) or the query projection (its eq. 4)."""
+    """What the gate's MLP reads: the hidden state (the paper's listing)
+    or the query projection (its eq. 4)."""
     logit_cap: float | None = 20.0
     """L_c: attention logits are clamped to [-L_c, L_c]; null switches the clamp off."""
     attention_dropout: float = 0.0
@@ -136,7 +139,8 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: bf16 parameters and activations, fp32 master weights, gradients and optimizer states."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and recompute the block in the backward pass (its keys are exchanged again)."""
+    """Keep only each block's input and recompute the block in the backward pass
+    (its keys are exchanged again)."""
     seed: int = 1234
     """Seed of initialization, order of the data and dropout."""
     eval_every: int = 100
@@ -234,7 +238,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check(config: Config, world_size: int = 1) -> None:
-    """Raise ConfigError unless the run can work on `world_size` ranks. Reads no file and imports no engine."""
+    """Raise ConfigError unless the run can work on `world_size` ranks. Reads no file, imports no engine."""
     m, p, t, d = config.model, config.parallel, config.training, config.data
     check_model(m)
     _require(m.causal, "model.causal", "causal == true", "the next-token loss needs a causal model")
@@ -271,7 +275,8 @@ def check(config: Config, world_size: int = 1) -> None:
     _require(
         t.batch_size % (dp_degree * t.micro_batch_size) == 0,
         "training.batch_size",
-        f"batch_size ({t.batch_size}) % (dp_degree ({dp_degree}) × micro_batch_size ({t.micro_batch_size})) == 0",
+        f"batch_size ({t.batch_size}) "
+        f"% (dp_degree ({dp_degree}) × micro_batch_size ({t.micro_batch_size})) == 0",
     )
 
 

@@ -1,7 +1,7 @@
 """Real ranks for tests: processes over gloo, forked from a server that has imported torch once.
 
-`Ranks(n).run(function, *args)` calls `function(*args)` on every rank and returns what each one returned. A rank that
-raises, dies or hangs fails the test with its traceback; nothing survives the test run.
+`Ranks(n).run(function, *args)` calls `function(*args)` on every rank and returns what each one returned. A
+rank that raises, dies or hangs fails the test with its traceback; nothing survives the test run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection
 
 
 class Ranks:
-    """`world_size` processes with an initialized group (gloo, or nccl with a GPU each); use as a context manager."""
+    """`world_size` processes with an initialized group (gloo, or nccl with a GPU each); a context manager."""
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
         context = multiprocessing.get_context(

@@ -1,4 +1,4 @@
-"""Checkpoints under faults that are really injected: bits flipped, files cut, disks full, processes killed."""
+"""Checkpoints under faults really injected: bits flipped, files cut, disks full, processes killed."""
 
 import dataclasses
 import os
@@ -44,7 +44,7 @@ def state_of(config, step):
 
 
 def save_steps(config, steps, keep, file_limit=None):
-    """Save checkpoints of these steps; with a limit on the size of files from the second on. Returns the errors."""
+    """Save checkpoints of these steps, from the second on with a limit on file size. Returns the errors."""
     engine = make_engine(config)
     tokenizer = ShardIndex.open(config.data.train).tokenizer_path
     errors = []

@@ -1,4 +1,4 @@
-"""Sequence parallelism on real ranks: equal to one device, gradients included, with exactly the planned bytes."""
+"""Sequence parallelism on real ranks: equal to one device, gradients included, with the planned bytes."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 def test_equals_the_dense_oracle_for_any_split(ranks, num_ranks):
-    """Any n, window, stride, heads, documents, padding; shards down to one token; both forms of the exchange."""
+    """Any n, window, stride, heads, documents, padding; shards down to one token; both forms of exchange."""
 
     @settings(max_examples=25, deadline=None)
     @given(cases(), st.integers(1, 9), st.booleans())
@@ -118,7 +118,7 @@ def test_two_ranks_do_not_swap_their_halos(ranks, causal):
 
 
 def rows_by_brute_force(pattern, strides, shard, seq_len):
-    """Positions outside the shard that some query in it attends to (ring and skip), straight from the definition."""
+    """Positions outside the shard that some query in it attends to (ring, skip), from the definition."""
     halo, skip = set(), set()
     for i in range(*shard):
         for j in range(seq_len):
@@ -171,7 +171,7 @@ def test_plan_moves_the_rows_of_the_definition_and_no_others(case, num_ranks, sh
     ],
 )
 def test_bytes_sent_equal_the_formula(ranks, pattern, fused):
-    """Forward `2·B·D·Σ_g rows_g` elements of K and V over all ranks; the gradients' way back the same number (fp64 here)."""
+    """Forward `2·B·D·Σ_g rows_g` elements of K and V over all ranks, backward as many (fp64 here)."""
     num_ranks, shard_length, batch, head_dim, heads, kv_heads = 4, 16, 2, 4, 4, 2
     sent = check_equal(
         ranks(num_ranks),
@@ -235,7 +235,7 @@ def test_impossible_splits_are_refused():
     with pytest.raises(ValueError, match=r"seq_len \(10\) % num_ranks \(4\) == 0 does not hold"):
         make_plan(PiPattern(1, 2), 1, 1, 10, 4, 0)
     q = torch.zeros(1, 4, 1, 2)
-    with pytest.raises(ValueError, match="of the whole sequence|labels"):
+    with pytest.raises(ValueError, match=r"of the whole sequence|labels"):
         sequence_parallel_pi_attention(
             q, q, q, None, PiPattern(1, 2), None, labels=torch.zeros(1, 3, dtype=torch.int32)
         )

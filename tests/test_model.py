@@ -41,7 +41,7 @@ TINY = ModelConfig(
     ],
 )
 def test_reach_is_what_autograd_finds(changes):
-    """The distances whose embedding has a gradient from the last token's output are exactly those computed."""
+    """The distances whose embedding gets a gradient from the last token's output are those computed."""
     context = 64
     config = dataclasses.replace(TINY, **changes)
     model = PiTransformer(config, context, seed=1).double()
@@ -82,7 +82,7 @@ def test_rotated_scores_depend_on_distance_only():
 
 @pytest.mark.parametrize("rows", [1, 50, 5000])
 def test_summed_cross_entropy_and_its_gradients(rows):
-    """Against PyTorch's own, through several tiles (5000 rows of a vocabulary of 30,000), some labels absent."""
+    """Against PyTorch's own, in several tiles (5000 rows, a vocabulary of 30,000), some labels absent."""
     generator = torch.Generator().manual_seed(0)
     vocab = 30_000 if rows == 5000 else 37
     hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
@@ -154,7 +154,7 @@ def test_recomputation_gives_the_same_gradients():
 
 
 def test_presets_have_the_stated_size():
-    """About 124M, 353M and 693M with a vocabulary of 50k, the gate on top (the paper says 125M, 750M and 1.5B)."""
+    """About 124M, 353M and 693M with a vocabulary of 50k, gate on top (the paper: 125M, 750M and 1.5B)."""
     for layers, width, heads, plain in (
         (12, 768, 12, 123.6e6),
         (24, 1024, 16, 353.6e6),
@@ -181,7 +181,7 @@ def test_mean_pairs_counts_the_masks(changes):
 
 
 def test_flops_are_those_of_the_matrices_and_the_pairs():
-    """An independent count: every nn.Linear by its own shape (2 FLOP a multiply-add, three passes), head and pairs."""
+    """An independent count: each nn.Linear by its shape (2 FLOP a multiply-add, 3 passes), head and pairs."""
     model = PiTransformer(TINY, 4096)
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     head = TINY.vocab_size * TINY.hidden_size

@@ -1,4 +1,4 @@
-"""What is installed, what lies where, who may import whom, and that the launch scripts refuse what cannot work."""
+"""What is installed, what lies where, who may import whom; launch scripts refuse what cannot work."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_given_tokenizer_and_large_vocabulary(tmp_path: Path) -> None:
     summary = prepare([str(tmp_path / "in")], str(out), tokenizer=str(tmp_path / "mine.json"))
     assert summary.vocab_size > 70_000 and ShardIndex.open(out / "train").dtype == np.uint32
     assert [text for _, text in documents(out / "train")] == texts
-    with pytest.raises(PrepareError, match="mine.json: has no token '</s>'"):
+    with pytest.raises(PrepareError, match=r"mine\.json: has no token '</s>'"):
         prepare([str(tmp_path / "in")], "out2", tokenizer=str(tmp_path / "mine.json"), end_of_text="</s>")
 
 
@@ -147,7 +147,7 @@ def test_same_again_does_nothing_and_anything_else_is_refused(tmp_path: Path) ->
     with pytest.raises(PrepareError, match=r"differ: inputs_sha256\)"):
         prepare(**arguments, vocab_size=300)
     (tmp_path / "out" / "heldout" / "index.json").unlink()
-    with pytest.raises(PrepareError, match="not complete prepared data .*heldout/index.json: missing"):
+    with pytest.raises(PrepareError, match=r"not complete prepared data .*heldout/index\.json: missing"):
         prepare(**arguments, vocab_size=300)
 
 

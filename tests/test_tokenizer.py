@@ -84,5 +84,5 @@ def test_what_is_no_tokenizer_is_named(tmp_path, content: bytes | None) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
         load_tokenizer(path)

@@ -1,8 +1,9 @@
 """Loss, held-out loss and gradients of any dp × sp × ZeRO stage equal those of one process (fp32, 1e-5).
 
-One process means plain PyTorch on the whole batch, without DeepSpeed or any group. The batch has several documents in
-a row, padding, a sequence whose second half is padding (whole shards without a valid token), grouped-query heads with
-two strides, and attention dropout, which is keyed by position and so the same on any split.
+One process means plain PyTorch on the whole batch, without DeepSpeed or any group. The batch has several
+documents in a row, padding, a sequence whose second half is padding (whole shards without a valid token),
+grouped-query heads with two strides, and attention dropout, which is keyed by position and so the same on any
+split.
 """
 
 import pytest

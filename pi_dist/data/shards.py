@@ -79,7 +79,8 @@ class ShardWriter:
         import webdataset
 
         if self._tar is None:
-            self._file = open(self.directory / f"shard-{len(self.shards):06d}.tar", "xb")
+            path = self.directory / f"shard-{len(self.shards):06d}.tar"
+            self._file = open(path, "xb")  # noqa: SIM115 - stays open over many calls, until _close_shard
             self._tar = webdataset.TarWriter(self._file, encoder=False, compress=False, mtime=0)
         ids = np.append(ids, self.end_of_text).astype(_DTYPES[self.dtype])
         meta = {"id": id, "source": source, "tokens": len(ids)}

@@ -39,7 +39,8 @@ def generate(
         raise ValueError("prompt: len(prompt) (0) >= 1 does not hold; the model continues a text")
     if temperature < 0 or top_k < 0 or max_new_tokens < 0:
         raise ValueError(
-            f"temperature ({temperature}), top_k ({top_k}), max_new_tokens ({max_new_tokens}) >= 0 does not hold"
+            f"temperature ({temperature}), top_k ({top_k}), max_new_tokens ({max_new_tokens}) >= 0 "
+            "does not hold"
         )
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)

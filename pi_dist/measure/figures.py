@@ -9,6 +9,7 @@ parallelism moves data). The files are the same, byte for byte, on every run wit
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def _draw_coverage(axes: Axes, r: ReachReport) -> None:
     """Share of the distances that are reached, in bins of equal width in the logarithm of the distance."""
     bins = 90
     edges = sorted({round((r.context - 1) ** (i / bins)) for i in range(bins)} | {r.context})
-    pairs = list(zip(edges, edges[1:], strict=False))
+    pairs = list(itertools.pairwise(edges))
     shares = [(r.reached >> low & ((1 << high - low) - 1)).bit_count() / (high - low) for low, high in pairs]
     axes.stairs(shares, edges, fill=True, color=_GREEN, linewidth=0)
     axes.set(xscale="log", xlim=(1, r.context), ylim=(0, 1.02), yticks=[0, 1], yticklabels=["0 %", "100 %"])

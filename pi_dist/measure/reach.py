@@ -8,6 +8,7 @@ milliseconds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 
 from pi_dist.config import ModelConfig
@@ -178,7 +179,7 @@ def fewest_layers_covering(model: ModelConfig, distance: int) -> int | None:
     # Paths run through the layers from last to first. Causal shifts commute, and bidirectional patterns are
     # their own mirror image, so following the path from its other end, first layer first, finds the same.
     bits = 1
-    for layers, pattern in enumerate(((),) + _deepened(model, MAX_LAYERS, context)):
+    for layers, pattern in enumerate(((), *_deepened(model, MAX_LAYERS, context))):
         if layers > 0:
             bits = _through_layer(bits, pattern, context)
         if bits >> distance & 1:
@@ -233,7 +234,7 @@ def _bar(report: ReachReport) -> list[str]:
     last = report.context - 1
     edges = sorted({round(last ** (i / _BAR_CELLS)) for i in range(_BAR_CELLS)} | {last + 1})
     cells, marker = "", 0
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         share = (report.reached >> low & ((1 << high - low) - 1)).bit_count() / (high - low)
         cells += "█" if share == 1 else "▓" if share >= 0.5 else "░" if share > 0 else "·"
         marker += high <= report.reach_in_context

@@ -31,8 +31,9 @@ def device_name() -> str:
 def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
     """The record of one training run.
 
-    Times are medians over steps after the first few (which compile and allocate), memory is rank 0's peak. ms and
-    peaks in milliseconds and MiB, mfu a share of the data sheet's dense bf16 rate, null where that is not known.
+    Times are medians over steps after the first few (which compile and allocate), memory is rank 0's peak.
+    ms and peaks in milliseconds and MiB, mfu a share of the data sheet's dense bf16 rate, null where that is
+    not known.
 
     Raises:
         ValueError: too few steps to leave the first ones out.

@@ -18,10 +18,13 @@ from pi_dist.parallel.pi_attention import sequence_parallel_pi_attention
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """Where the tokens of a forward pass lie in the whole sequence, and who holds the rest. Shared by all layers.
+    """Where the tokens of a forward pass lie in the whole sequence, and who holds the rest.
+
+    Shared by all layers.
 
     Attributes:
-        labels: [B, n] document of every token of the whole sequence, negative for padding; None: one document.
+        labels: [B, n] document of every token of the whole sequence, negative for padding; None: one
+            document.
         query_start: global position of the first token here. row_start: global number of the first batch row.
         seed: of this step and micro-step, for dropout.
         group: the ranks that share the sequence; None: this one alone.
@@ -37,9 +40,9 @@ class SequenceContext:
 
 
 class Gate(nn.Module):
-    """α of eq. (4), one value per token and head, fp32: `sigmoid(W2·gelu(W1·u + b1) + b2)` with hidden width d/2.
+    """α of eq. (4), one value per token and head, fp32.
 
-    static: one learned value per head.
+    dynamic: `sigmoid(W2·gelu(W1·u + b1) + b2)` with hidden width d/2; static: one learned value per head.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from pi_dist.ops.pattern import layer_patterns
 
 
 def mean_pairs(config: ModelConfig, context: int) -> float:
-    """Query-key pairs of one query, averaged over positions, heads and layers; of a sequence of one document."""
+    """Query-key pairs of one query in a sequence of one document: mean over positions, heads and layers."""
     total = 0
     for pattern in layer_patterns(config, context):
         ring = sum(max(0, context - abs(o)) for o in pattern.ring_offsets())

@@ -12,8 +12,8 @@ _TILE_ELEMENTS = 2**25  # logits held at a time
 def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Σ over labels != -100 of -log softmax(hidden · weightᵀ)[label], in nats, fp32 scalar.
 
-    Works through tiles of tokens, and forms the gradients in the forward pass, so that at most one tile of logits
-    exists. No valid label: 0, still connected to the graph.
+    Works through tiles of tokens, and forms the gradients in the forward pass, so that at most one tile of
+    logits exists. No valid label: 0, still connected to the graph.
 
     Args:
         hidden: [N, d]. weight: [V, d]. labels: int64 [N].

@@ -10,7 +10,8 @@ def rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), each fp32 [length, head_dim / 2], of positions start … start + length - 1.
 
-    Angles are formed and reduced in fp64: fp32 has no odd integers beyond 2^24, so far positions would collide.
+    Angles are formed and reduced in fp64: fp32 has no odd integers beyond 2^24, so far positions would
+    collide.
     """
     positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
     frequencies = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / -head_dim)
@@ -19,7 +20,10 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn the pairs (x_d, x_{d + D/2}) of [B, T, H, D] by their positions' angles; in fp32, result in x's dtype."""
+    """Turn the pairs (x_d, x_{d + D/2}) of [B, T, H, D] by their positions' angles.
+
+    Computed in fp32; the result has x's dtype.
+    """
     cos, sin = (part[None, :, None, :] for part in table)  # [1, T, 1, D/2]
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)

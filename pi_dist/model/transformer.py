@@ -37,7 +37,8 @@ class PiTransformer(nn.Module):
     Args:
         config: the model; `vocab_size` must be set.
         context: training context, which sets the default number of strides of a schedule.
-        seed: initialization, equal on every rank: N(0, 0.02), output projections of a block N(0, 0.02 / sqrt(2L)).
+        seed: initialization, equal on every rank: N(0, 0.02), output projections of a block
+            N(0, 0.02 / sqrt(2L)).
         activation_checkpointing: recompute each block in the backward pass.
     """
 
@@ -81,7 +82,7 @@ class PiTransformer(nn.Module):
     def forward(
         self, tokens: torch.Tensor, labels: torch.Tensor | None = None, context: SequenceContext | None = None
     ) -> torch.Tensor:
-        """Without labels: logits [B, m, V]. With labels [B, m] (already shifted; -100: none): the summed loss in nats."""
+        """Logits [B, m, V], or with labels [B, m] (already shifted; -100: none) the summed loss in nats."""
         x = self.hidden(tokens, context or SequenceContext())
         if labels is None:
             return F.linear(x, self.embedding.weight)

@@ -1,7 +1,7 @@
 """Counter-based dropout: a keep/drop bit is a hash of what it stands for, not of when it was drawn.
 
-The bit of (seed, batch row, query position, head, neighbour) is the same on any number of ranks, in any tiling, and in
-a recomputed forward pass.
+The bit of (seed, batch row, query position, head, neighbour) is the same on any number of ranks, in any
+tiling, and in a recomputed forward pass.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def position_hash(
 
 
 def keep_bits(hashed: torch.Tensor, offsets: int | torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """True where the neighbour at `offsets` (query minus key position) of hash `hashed` is kept; shape of the hash."""
+    """True where the neighbour at `offsets` (query minus key position) is kept; same shape as `hashed`."""
     offsets = torch.as_tensor(offsets, dtype=torch.int64, device=hashed.device)
     return _mix64(hashed, offsets) >= round(dropout_p * 2**32)
 

@@ -1,6 +1,7 @@
-"""The oracle: π-attention over a dense T×T mask, in plain PyTorch, straight from eq. (5) and (6). Slow and obvious.
+"""The oracle: π-attention over a dense T×T mask, in plain PyTorch, straight from eq. (5) and (6).
 
-Nothing in training calls it. Tests compare every fast path with it, gradients included (PyTorch's own autograd).
+Slow and obvious; nothing in training calls it. Tests compare every fast path with it, gradients included
+(PyTorch's own autograd).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ GATE_EPSILON = 1e-4
 def neighbour_masks(
     pattern: PiPattern, stride: int, q_pos: torch.Tensor, k_pos: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boolean [Tq, Tk] masks (ring, skip) for global positions `q_pos` [Tq] and `k_pos` [Tk], from the definition."""
+    """Boolean [Tq, Tk] masks (ring, skip) for global positions `q_pos` [Tq] and `k_pos` [Tk]."""
     offset = q_pos[:, None] - k_pos[None, :]  # [Tq, Tk]
     ring = offset.abs() <= pattern.window
     multiple = offset.abs() // stride
@@ -90,4 +91,4 @@ def pi_attention_oracle(
             dim=-1,
         )  # [B, Tq, H, Tk]
         weights = weights * kept.transpose(1, 2) / (1 - dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
+    return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v)

@@ -1,7 +1,7 @@
 """THE definition of who attends to whom: window, strides, skips, schedules over layers, reach. Pure Python.
 
-Offsets are `query position - key position` in tokens, so a positive offset looks back. Python integers have no width,
-so no offset overflows at any context.
+Offsets are `query position - key position` in tokens, so a positive offset looks back. Python integers have
+no width, so no offset overflows at any context.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pi_dist.config import ConfigError, ModelConfig
 class HeadGroup:
     """Key/value heads whose query heads use the same strides, so that they need the same rows.
 
-    `kv_heads` are the group's key/value heads; `strides[s]` is the stride of query head `kv_head * G + s`, where G
-    query heads share a key/value head.
+    `kv_heads` are the group's key/value heads; `strides[s]` is the stride of query head `kv_head * G + s`,
+    where G query heads share a key/value head.
     """
 
     kv_heads: tuple[int, ...]
@@ -25,7 +25,9 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class PiPattern:
-    """Neighbours of a query at position i: the ring `|i-j| <= window` and the skips `i - m·stride`, `1 <= m <= num_skips`.
+    """Neighbours of a query: its ring and its skips.
+
+    At position i these are the j with `|i-j| <= window`, and `i - m·stride` for `1 <= m <= num_skips`.
 
     Args:
         window: k, neighbours on a side; the token itself is not counted.
@@ -63,7 +65,7 @@ class PiPattern:
         return tuple(o for o in offsets if o != 0 or self.include_self)
 
     def skip_offsets(self, stride: int) -> tuple[int, ...]:
-        """Offsets of the skips of a head with this stride, nearest first; those inside the window left out."""
+        """Offsets of the skips of a head with this stride, nearest first, without those inside the window."""
         back = [m * stride for m in range(1, self.num_skips + 1) if m * stride > self.window]
         return tuple(back) if self.causal else tuple(back + [-o for o in back])
 
@@ -100,7 +102,7 @@ class PiPattern:
         return tuple(sorted(skips.union(self.ring_offsets())))
 
     def reach(self) -> int:
-        """Tokens to the left that one layer reaches: the largest of window and num_skips·stride over the heads."""
+        """How far left one layer reaches, in tokens: the most of window and any head's num_skips·stride."""
         return max(0, *self.offsets()) if self.offsets() else 0
 
 
@@ -126,7 +128,8 @@ def layer_patterns(model: ModelConfig, context: int) -> tuple[PiPattern, ...]:
     if model.strides is not None:
         if len(model.strides) != model.num_layers:
             raise ConfigError(
-                f"model.strides: len(strides) ({len(model.strides)}) == num_layers ({model.num_layers}) does not hold"
+                f"model.strides: len(strides) ({len(model.strides)}) == num_layers ({model.num_layers}) "
+                "does not hold"
             )
         per_layer = [tuple(entry) if isinstance(entry, list) else entry for entry in model.strides]
     elif model.schedule == "doubling":

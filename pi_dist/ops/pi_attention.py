@@ -75,7 +75,10 @@ def _pair(value: Pair | None, name: str, q_shape: torch.Size, k_shape: torch.Siz
 
 
 def token_labels(segment_ids: torch.Tensor | None, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """One int32 label a token: its document, or -1 for padding. Tokens see each other iff labels agree and are >= 0."""
+    """One int32 label a token: its document, or -1 for padding.
+
+    Tokens see each other iff their labels agree and are >= 0.
+    """
     if segment_ids is None and padding_mask is None:
         return None
     labels = (
@@ -106,27 +109,30 @@ def pi_attention(
 ) -> torch.Tensor:
     """π-attention, one softmax over ring and skip neighbours (arXiv 2511.10696, eq. 5 and 6), differentiable.
 
-    `l_ij = clamp(q_i·k_j·softmax_scale + log w_ij, -logit_cap, logit_cap)` with w = α on ring and 1-α on skip targets,
-    α = (1-2ε)·gate + ε, ε = 1e-4; `out_i = Σ_j softmax_j(l_ij)·v_j`. A query without neighbours gets exactly 0.
+    `l_ij = clamp(q_i·k_j·softmax_scale + log w_ij, -logit_cap, logit_cap)` with w = α on ring and 1-α on skip
+    targets, α = (1-2ε)·gate + ε, ε = 1e-4; `out_i = Σ_j softmax_j(l_ij)·v_j`. A query without neighbours gets
+    exactly 0.
 
     Args:
         q: [B, Tq, H, D]. k, v: [B, Tk, H_kv, D], H_kv divides H.
         gate: [B, Tq, H], fp32 (or fp64), after the sigmoid; None adds no prior.
-        segment_ids: [B, T] integers, tokens see only their own document; negative: padding. A pair ([B, Tq], [B, Tk])
-            where the lengths differ.
+        segment_ids: [B, T] integers, tokens see only their own document; negative: padding. A pair
+            ([B, Tq], [B, Tk]) where the lengths differ.
         padding_mask: [B, T] booleans, True for real tokens; or a pair.
         softmax_scale: default D^-0.5.
         logit_cap: L_c; None switches the clamp off. Its gradient passes inside and at the edges.
         dropout_p: dropout on the probabilities, keyed by (seed, row, global position, head, neighbour).
         seed: derived from run seed, step, micro-step and layer; needed if dropout_p > 0.
-        query_start, key_start: global positions of the first query and key; row_start: global number of batch row 0.
+        query_start, key_start: global positions of the first query and key; row_start: global number of
+            batch row 0.
         backend: "auto" or "reference".
 
     Returns:
         [B, Tq, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, or an unknown backend; prints the failing equation.
+        ValueError: shapes, dtypes or options that do not fit, or an unknown backend; prints the failing
+            equation.
     """
     check_shapes(q, k, v, gate)
     check_options(softmax_scale, logit_cap, dropout_p, seed)
@@ -175,17 +181,17 @@ class _PiAttentionFunction(torch.autograd.Function):
         forward, ctx.backward_function = functions
         keys, values = split_groups(spec, k), split_groups(spec, v)
         out, lse = forward(spec, q, keys, values, gate, q_labels, [k_labels] * len(keys))
-        ctx.save_for_backward(q, k, v, gate, q_labels, k_labels, out, lse)
+        ctx.save_for_backward(q, k, v, gate, q_labels, k_labels, lse)
         ctx.spec = spec
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, gate, q_labels, k_labels, out, lse = ctx.saved_tensors
+        q, k, v, gate, q_labels, k_labels, lse = ctx.saved_tensors
         spec = ctx.spec
         keys, values = split_groups(spec, k), split_groups(spec, v)
         dq, dkeys, dvalues, dgate = ctx.backward_function(
-            spec, q, keys, values, gate, q_labels, [k_labels] * len(keys), out, lse, dout
+            spec, q, keys, values, gate, q_labels, [k_labels] * len(keys), lse, dout
         )
         dk, dv = merge_groups(spec, dkeys, k.dtype), merge_groups(spec, dvalues, v.dtype)
         dgate = None if dgate is None else dgate.to(gate.dtype)

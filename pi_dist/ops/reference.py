@@ -1,8 +1,8 @@
 """π-attention by shifted slices, forward and backward: the CPU default, and the reference of every kernel.
 
-A neighbour at offset o is the key axis shifted by o, so the whole operator is a loop over the few offsets of the
-pattern, with O(T · offsets) work and no T×T mask. Runs on any device and floating dtype; sums are in fp32 (fp64 for
-fp64 inputs).
+A neighbour at offset o is the key axis shifted by o, so the whole operator is a loop over the few offsets of
+the pattern, with O(T · offsets) work and no T×T mask. Runs on any device and floating dtype; sums are in fp32
+(fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pi_dist.ops.spec import AttentionSpec, KeyGroup
 
 
 class _Piece(NamedTuple):
-    """Queries [start, stop) whose neighbour at one offset lies at rows [key, key + stop - start) of the key axis."""
+    """Queries [start, stop) whose neighbours at one offset are key rows [key, key + stop - start)."""
 
     start: int
     stop: int
@@ -26,7 +26,7 @@ class _Piece(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """Query heads with one stride that share a key group: `kv` and `slots` index [H_kv, G], `heads` are [h, g]."""
+    """Query heads with one stride in one key group: `kv` and `slots` index [H_kv, G], `heads` are [h, g]."""
 
     group: int
     kv: torch.Tensor | slice
@@ -36,7 +36,7 @@ class _Unit(NamedTuple):
 
 
 def _units(spec: AttentionSpec, num_heads: int, num_kv_heads: int, device: torch.device) -> Iterator[_Unit]:
-    """The largest blocks of heads that one loop over offsets serves; a single stride gives a single unit of views."""
+    """The largest blocks of heads that one loop over offsets serves; one stride gives one unit, of views."""
     share = num_heads // num_kv_heads
     for index, group in enumerate(spec.groups):
         kv = torch.tensor(group.heads.kv_heads, device=device)
@@ -148,7 +148,9 @@ def pi_attention_fwd(
     q_labels: torch.Tensor | None,
     k_labels: list[torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward: (out [B, T, H, D] in q's dtype, lse [B, T, H] in the accumulation dtype; lse -inf: no neighbour).
+    """Forward: (out [B, T, H, D] in q's dtype, lse [B, T, H] in the accumulation dtype).
+
+    Where a query has no neighbour, lse is -inf.
 
     Args:
         q: [B, T, H, D].
@@ -167,7 +169,7 @@ def pi_attention_fwd(
         unit_gate = _select(gate, unit, num_kv_heads, dtype)
         scores = _scores(spec, unit, unit_q, k, unit_gate, q_labels, k_labels[unit.group])
         unit_lse = torch.logsumexp(scores.logits, dim=-1)  # [B, T, h, g]
-        weights = _weights(scores, unit_lse, spec.dropout_p)
+        weights = _drop(scores, _softmax(scores, unit_lse), spec.dropout_p)
         unit_out = torch.zeros_like(unit_q)
         for index, pieces in enumerate(scores.pieces):
             for start, stop, key in pieces:
@@ -179,10 +181,16 @@ def pi_attention_fwd(
     return out, lse
 
 
-def _weights(scores: _Scores, lse: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """Probabilities [B, T, h, g, O] after dropout; rows without neighbours are 0."""
+def _softmax(scores: _Scores, lse: torch.Tensor) -> torch.Tensor:
+    """Probabilities [B, T, h, g, O]; rows without neighbours are 0."""
     weights = torch.exp(scores.logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return weights if scores.keep is None else weights * scores.keep / (1 - dropout_p)
+    # the rounding of lse is an error of up to 20 units in the last place, common to a row: divide it out
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _drop(scores: _Scores, softmax: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """Probabilities after dropout."""
+    return softmax if scores.keep is None else softmax * scores.keep / (1 - dropout_p)
 
 
 def pi_attention_bwd(
@@ -193,14 +201,13 @@ def pi_attention_bwd(
     gate: torch.Tensor | None,
     q_labels: torch.Tensor | None,
     k_labels: list[torch.Tensor | None],
-    out: torch.Tensor,
     lse: torch.Tensor,
     dout: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
     """Backward: (dq, dkeys, dvalues, dgate) in the accumulation dtype, shaped as q, keys, values and gate.
 
-    `delta = dout · out`; with P the probabilities after dropout, `dl = P·(dout·v) - softmax·delta`, which is zero
-    where the clamp is active; the gate takes `(1-2ε)·[Σ_ring dl / α - Σ_skip dl / (1-α)]`, α squeezed.
+    With P the probabilities after dropout, `dl = P·(dout·v) - softmax·Σ P·(dout·v)`, which is zero where the
+    clamp is active; the gate takes `(1-2ε)·[Σ_ring dl / α - Σ_skip dl / (1-α)]`, α squeezed.
     """
     dtype, num_heads = _accumulate_dtype(q), q.shape[2]
     num_kv_heads = sum(len(group.heads.kv_heads) for group in spec.groups)
@@ -208,22 +215,22 @@ def pi_attention_bwd(
     dgate = None if gate is None else torch.empty(gate.shape, dtype=dtype, device=q.device)
     dkeys = [torch.zeros(k.shape, dtype=dtype, device=q.device) for k in keys]
     dvalues = [torch.zeros(v.shape, dtype=dtype, device=q.device) for v in values]
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)  # [B, T, H]
     for unit in _units(spec, num_heads, num_kv_heads, q.device):
         k, v = keys[unit.group].to(dtype), values[unit.group].to(dtype)
         dk, dv = dkeys[unit.group], dvalues[unit.group]
         unit_q, unit_dout = (_select(x, unit, num_kv_heads, dtype) for x in (q, dout))
-        unit_gate, unit_lse, unit_delta = (_select(x, unit, num_kv_heads, dtype) for x in (gate, lse, delta))
+        unit_gate, unit_lse = (_select(x, unit, num_kv_heads, dtype) for x in (gate, lse))
         scores = _scores(spec, unit, unit_q, k, unit_gate, q_labels, k_labels[unit.group])
-        weights = _weights(scores, unit_lse, spec.dropout_p)
+        softmax = _softmax(scores, unit_lse)
+        weights = _drop(scores, softmax, spec.dropout_p)
         dlogits = torch.zeros_like(scores.logits)  # first dout·v, then the gradient of the logits
         for index, pieces in enumerate(scores.pieces):
             for start, stop, key in pieces:
                 rows = slice(key, key + stop - start)
                 dlogits[:, start:stop, ..., index] = (unit_dout[:, start:stop] * v[:, rows, :, None]).sum(-1)
                 dv[:, rows] += (weights[:, start:stop, ..., index, None] * unit_dout[:, start:stop]).sum(3)
-        softmax = weights if scores.keep is None else _weights(scores._replace(keep=None), unit_lse, 0.0)
-        dlogits = weights * dlogits - softmax * unit_delta[..., None]
+        dlogits = weights * dlogits
+        dlogits -= softmax * dlogits.sum(-1, keepdim=True)
         if scores.unclamped is not None:
             dlogits = dlogits * scores.unclamped
         unit_dq = torch.zeros_like(unit_q)

@@ -28,8 +28,8 @@ class AttentionSpec:
     """Everything about a call but its tensors.
 
     Attributes:
-        groups: the key/value heads in groups, with the global positions of each group's key rows. A position in no run
-            does not exist (it lies beyond the sequence) and is nobody's neighbour.
+        groups: the key/value heads in groups, with the global positions of each group's key rows. A position
+            in no run does not exist (it lies beyond the sequence) and is nobody's neighbour.
         query_start: global position of the first query; queries are contiguous.
         row_start: global number of the first batch row, for dropout.
         seed: of this layer, step and micro-step; used if dropout_p > 0.

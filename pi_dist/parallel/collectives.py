@@ -11,8 +11,8 @@ def ring_exchange(
 ) -> list[dist.Work]:
     """Start sends to and receives from ranks of `group`; returns what to wait for.
 
-    At most one message per ordered pair of ranks may be under way: NCCL matches messages of a pair by order, so two of
-    them could swap.
+    At most one message per ordered pair of ranks may be under way: NCCL matches messages of a pair by order,
+    so two of them could swap.
 
     Raises:
         ValueError: two messages of one pair, or a message to oneself (gloo has none).
@@ -30,7 +30,10 @@ def ring_exchange(
 def all_to_all(
     send: torch.Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, dist.Work]:
-    """Start one all_to_all_single of a flat tensor cut by counts of elements; returns (received, what to wait for)."""
+    """Start one all_to_all_single of a flat tensor cut by counts of elements.
+
+    Returns (received, what to wait for).
+    """
     received = send.new_empty(sum(receive_counts))
     work = dist.all_to_all_single(received, send, receive_counts, send_counts, group=group, async_op=True)
     return received, work

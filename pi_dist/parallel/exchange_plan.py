@@ -1,8 +1,9 @@
 """Which key and value rows go where, from (n, P, pattern) alone: pure Python, the same answer on every rank.
 
-The sequence of n tokens is cut into P contiguous shards of m = n/P. A rank needs, beyond its own shard, the window
-halo (k tokens on a side) and the rows that its queries skip to; both are intervals of positions, clipped to the
-sequence, and may lie on any number of other ranks. A row is sent once even if several heads or skips need it.
+The sequence of n tokens is cut into P contiguous shards of m = n/P. A rank needs, beyond its own shard, the
+window halo (k tokens on a side) and the rows that its queries skip to; both are intervals of positions,
+clipped to the sequence, and may lie on any number of other ranks. A row is sent once even if several heads or
+skips need it.
 """
 
 from __future__ import annotations
@@ -76,15 +77,20 @@ class Message:
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """One rank's part in the exchange of a layer. "forward" moves keys and values, backward their gradients back.
+    """One rank's part in the exchange of a layer.
+
+    Forward moves keys and values, backward their gradients back.
 
     Attributes:
         groups: head groups, the order of everything below.
         shard: this rank's positions.
-        key_runs: for each group, the positions of its key axis: shard and received rows, ascending, maximal runs.
-        halo_sends, halo_receives: messages that travel by ring send/recv, at most one per ordered pair of ranks.
+        key_runs: for each group, the positions of its key axis: shard and received rows, ascending, maximal
+            runs.
+        halo_sends, halo_receives: messages that travel by ring send/recv, at most one per ordered pair of
+            ranks.
         skip_sends, skip_receives: messages of the one all_to_all_single, one per peer, in rank order.
-        any_halo, any_skip: whether any rank sends rows this way (a collective that all would skip is not called).
+        any_halo, any_skip: whether any rank sends rows this way (a collective that all would skip is not
+            called).
     """
 
     groups: tuple[HeadGroup, ...]
@@ -99,7 +105,7 @@ class ExchangePlan:
 
 
 def rows_needed(pattern: PiPattern, group: HeadGroup, shard: Run, seq_len: int) -> Needs:
-    """The rows that the queries of `shard` need beyond it: window halo, and skip rows that are not in the halo."""
+    """The rows that the queries of `shard` need beyond it: window halo, and skip rows outside the halo."""
     sequence = Run(0, seq_len)
 
     def shifted(offset: int) -> Run:

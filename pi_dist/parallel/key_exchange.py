@@ -1,7 +1,8 @@
 """Runs an exchange plan: keys and values forward, their gradients back the same way.
 
-Forward, every rank ends up with the key axis of each head group: its own shard and the received rows, ascending.
-Backward, gradients of received rows return to their owner in the accumulation dtype (fp32 for bf16) and are added.
+Forward, every rank ends up with the key axis of each head group: its own shard and the received rows,
+ascending. Backward, gradients of received rows return to their owner in the accumulation dtype (fp32 for
+bf16) and are added.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pi_dist.parallel.exchange_plan import ExchangePlan, Message, count_rows
 def exchange_keys(
     plan: ExchangePlan, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values of each head group, [B, R_g, H_g, D] over the group's key runs, from shards [B, m, H_kv, D]."""
+    """Keys and values of each head group, [B, R_g, H_g, D] over its key runs, from shards [B, m, H_kv, D]."""
     batch, _, _, head_dim = k.shape
     own = [(k[:, :, list(g.kv_heads)], v[:, :, list(g.kv_heads)]) for g in plan.groups]
 
@@ -80,9 +81,10 @@ def return_gradients(
 
 
 def _travel(plan, pack, batch, head_dim, like, group, *, backward) -> list[tuple[Message, torch.Tensor]]:
-    """Send what `pack` yields for each message; returns the received (message, flat tensor), always in the same order.
+    """Send what `pack` yields for each message; returns the received (message, flat tensor).
 
-    Backward, receives become sends. The order of collectives is the same on every rank.
+    Backward, receives become sends. The order of what is returned never changes, and the order of collectives
+    is the same on every rank.
     """
     halo_sends, halo_receives = plan.halo_sends, plan.halo_receives
     skip_sends, skip_receives = plan.skip_sends, plan.skip_receives
@@ -121,7 +123,7 @@ def _travel(plan, pack, batch, head_dim, like, group, *, backward) -> list[tuple
 
 
 def _unpack(message: Message, flat: torch.Tensor, plan: ExchangePlan, batch: int, head_dim: int):
-    """For each head group: its runs and, for each run, (K rows, V rows) as [B, rows, H_g, D] views of `flat`."""
+    """For each head group: its runs and, for each, (K rows, V rows) as [B, rows, H_g, D] views of `flat`."""
     start = 0
     for heads, rows in zip(plan.groups, message.rows, strict=True):
         blocks = []

@@ -13,7 +13,8 @@ class Mesh:
     """Where this rank stands. Ranks of one sequence are neighbours: rank = dp_rank · sp_degree + sp_rank.
 
     Attributes:
-        sp_group: the ranks that share this rank's sequences, in order of their shards; None where sp_degree is 1.
+        sp_group: the ranks that share this rank's sequences, in order of their shards; None where sp_degree
+            is 1.
     """
 
     rank: int

@@ -31,14 +31,16 @@ def sequence_parallel_pi_attention(
 ) -> torch.Tensor:
     """π-attention over a sequence that lies in contiguous shards of m tokens on the P ranks of `group`.
 
-    Equal to `pi_attention` over the whole sequence of n = P·m tokens, gradients included. Every rank of the group calls
-    it with the same pattern and options, in the same order of layers.
+    Equal to `pi_attention` over the whole sequence of n = P·m tokens, gradients included. Every rank of the
+    group calls it with the same pattern and options, in the same order of layers.
 
     Args:
         q: [B, m, H, D]. k, v: [B, m, H_kv, D]. gate: [B, m, H] fp32 or None. All of this rank's tokens.
         group: the ranks that share the sequence, in its order; None or one rank: no exchange.
-        labels: [B, n] document of every token of the whole sequence, negative for padding (see `all_gather_tokens`).
-        fused_exchange: True sends the window halo inside the all_to_all_single; False by ring send/recv beside it.
+        labels: [B, n] document of every token of the whole sequence, negative for padding (see
+            `all_gather_tokens`).
+        fused_exchange: True sends the window halo inside the all_to_all_single; False by ring send/recv
+            beside it.
         Other arguments as in `pi_dist.ops.pi_attention`.
 
     Returns:
@@ -96,16 +98,16 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
         forward, ctx.backward_function = functions
         keys, values = exchange_keys(plan, k, v, group)
         out, lse = forward(spec, q, keys, values, gate, *_labels(labels, plan.shard, spec))
-        ctx.save_for_backward(q, gate, labels, out, lse, *keys, *values)
+        ctx.save_for_backward(q, gate, labels, lse, *keys, *values)
         ctx.spec, ctx.plan, ctx.group = spec, plan, group
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, gate, labels, out, lse, *rows = ctx.saved_tensors
+        q, gate, labels, lse, *rows = ctx.saved_tensors
         keys, values = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         dq, dkeys, dvalues, dgate = ctx.backward_function(
-            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), out, lse, dout
+            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), lse, dout
         )
         dk, dv = return_gradients(ctx.plan, dkeys, dvalues, ctx.group)
         dgate = None if dgate is None else dgate.to(gate.dtype)

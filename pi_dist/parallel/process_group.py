@@ -25,7 +25,8 @@ def world_size_from_launcher() -> int:
     tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
     if tasks > 1:
         raise ConfigError(
-            f"launch: SLURM_NTASKS ({tasks}) == 1 does not hold; start one torchrun per node and let it start the ranks"
+            f"launch: SLURM_NTASKS ({tasks}) == 1 does not hold; "
+            "start one torchrun per node and let it start the ranks"
         )
     return 1
 
@@ -74,7 +75,9 @@ def choose_device(choice: str, local_rank: int) -> torch.device:
 
 
 def start(device_choice: str, timeout_s: float) -> torch.device:
-    """Initialize the default group (NCCL on GPUs, gloo on CPUs) unless it is there already; returns this rank's device.
+    """Initialize the default group unless it is there already: NCCL on GPUs, gloo on CPUs.
+
+    Returns this rank's device.
 
     Raises:
         ConfigError: no GPU for this rank, see `choose_device`.

@@ -1,9 +1,10 @@
 """Checkpoints that are either whole or not there, independent of the number of ranks and of the ZeRO stage.
 
-A checkpoint is a directory `step-00000100`: fp32 weights (`model.safetensors`, also the exported model), AdamW moments
-by parameter name (`optimizer-*.safetensors`, one file a rank), `state.json`, `tokenizer.json` and `manifest.json` with
-the SHA-256 of every file and of itself. It is written beside its place, synced, and renamed into it. Nothing in it is
-ever unpickled; a file that differs from the manifest by one bit is refused by name.
+A checkpoint is a directory `step-00000100`: fp32 weights (`model.safetensors`, also the exported model),
+AdamW moments by parameter name (`optimizer-*.safetensors`, one file a rank), `state.json`, `tokenizer.json`
+and `manifest.json` with the SHA-256 of every file and of itself. It is written beside its place, synced, and
+renamed into it. Nothing in it is ever unpickled; a file that differs from the manifest by one bit is refused
+by name.
 """
 
 from __future__ import annotations
@@ -72,11 +73,13 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def save(engine: Engine, run_dir: str | Path, state: dict, tokenizer: Path, keep: int) -> Path:
-    """Write the checkpoint of `state["step"]` and delete all but the newest `keep`; collective. Returns its path.
+    """Write the checkpoint of `state["step"]` and delete all but the newest `keep`; collective.
+
+    Returns the new checkpoint's path.
 
     Raises:
-        CheckpointError: a rank could not write (the disk is full, say); nothing is left of the new checkpoint and the
-            old ones are as they were. Raised on every rank.
+        CheckpointError: a rank could not write (the disk is full, say); nothing is left of the new checkpoint
+            and the old ones are as they were. Raised on every rank.
     """
     rank, world_size = engine.mesh.rank, engine.mesh.world_size
     place = directory(run_dir) / f"step-{state['step']:08d}"
@@ -183,7 +186,7 @@ def verify(path: str | Path) -> Checkpoint:
 
 
 def find_newest(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run, and what was refused on the way to it. None: the run has none yet.
+    """The newest whole checkpoint of a run (None if it has none yet), and what was refused on the way to it.
 
     Raises:
         CheckpointError: there are checkpoints and none is whole; starting anew would lose them silently.
@@ -200,7 +203,10 @@ def find_newest(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Put a verified checkpoint's weights and moments into the engine; any number of ranks, any ZeRO stage; collective."""
+    """Put a verified checkpoint's weights and moments into the engine; collective.
+
+    Works on any number of ranks and in any ZeRO stage.
+    """
     where: dict[str, Path] = {}
     for path in sorted(checkpoint.path.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -235,7 +241,8 @@ def check_resumable(checkpoint: Checkpoint, config: Config, data_digest: str) ->
         fixed.append(f"data.train: content {checkpoint.state['data'][:12]} -> {data_digest[:12]}")
     if fixed:
         raise ConfigError(
-            f"run_dir: {checkpoint.path} cannot be resumed with {'; '.join(fixed)}; choose another run_dir to start anew"
+            f"run_dir: {checkpoint.path} cannot be resumed with {'; '.join(fixed)}; "
+            "choose another run_dir to start anew"
         )
     return [text for key, text in changed.items() if key.startswith(_ANNOUNCED) and key not in _QUIET]
 

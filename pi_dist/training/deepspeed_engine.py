@@ -1,8 +1,9 @@
 """The DeepSpeed engine: the only file that imports deepspeed.
 
-DeepSpeed averages gradients over all ranks and divides by the accumulation steps, whatever the sequence-parallel
-degree. So each rank returns `Σ loss of its tokens · W·G / T` (W ranks, G accumulation steps, T valid tokens of the
-whole global batch): the mean over the global batch's tokens, in every ZeRO stage.
+DeepSpeed averages gradients over all ranks and divides by the accumulation steps, whatever the
+sequence-parallel degree. So each rank returns `Σ loss of its tokens · W·G / T` (W ranks, G accumulation
+steps, T valid tokens of the whole global batch): the mean over the global batch's tokens, in every ZeRO
+stage.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
 
 
 def _low_precision_parameters(config: Config) -> bool:
-    """bf16 parameters beside fp32 masters. ZeRO 0 keeps fp32 parameters and computes in bf16 under autocast instead:
-    DeepSpeed's own bf16 without ZeRO would accumulate gradients in bf16."""
+    """Whether parameters are bf16, beside fp32 masters.
+
+    ZeRO 0 keeps fp32 parameters and computes in bf16 under autocast instead: DeepSpeed's own bf16 without
+    ZeRO would accumulate gradients in bf16.
+    """
     return config.training.precision == "bf16" and config.parallel.zero_stage > 0
 
 
@@ -70,7 +74,8 @@ class Engine:
             from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
             set_accelerator(CPU_Accelerator())
-            deepspeed.ops.__compatible_ops__ = {}  # else a shared-memory all-reduce is compiled for half a minute
+            # Else a shared-memory all-reduce is compiled for half a minute.
+            deepspeed.ops.__compatible_ops__ = {}
         self.config, self.mesh = config, mesh
         self._names = {name: parameter for name, parameter in model.named_parameters()}
         model.to(mesh.device)
@@ -99,7 +104,10 @@ class Engine:
             return self.engine(*args)
 
     def backward(self, loss_sum: torch.Tensor, valid_tokens: torch.Tensor) -> None:
-        """Add the gradients of one micro-step; `loss_sum` of this rank's tokens, `valid_tokens` of the global batch."""
+        """Add the gradients of one micro-step.
+
+        `loss_sum` is over this rank's tokens, `valid_tokens` counts those of the global batch.
+        """
         steps = self.engine.gradient_accumulation_steps()
         self.engine.backward(loss_sum * (self.mesh.world_size * steps) / valid_tokens.clamp(min=1))
 
@@ -116,14 +124,17 @@ class Engine:
         return float(self._plain_norm if self._is_plain() else self.engine.get_global_grad_norm())
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full fp32 gradient) of every parameter, after the last backward and before the step; collective."""
+        """(name, full fp32 gradient) of every parameter, after the last backward; collective.
+
+        Call it before the step.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self._names.items():
             yield name, safe_get_full_grad(parameter)
 
     def state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(name, {weight, exp_avg, exp_avg_sq}) of every parameter, whole and fp32; collective, one after another."""
+        """(name, {weight, exp_avg, exp_avg_sq}) of each parameter in turn, whole and fp32; collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link_moments()
@@ -136,7 +147,10 @@ class Engine:
                 yield name, full | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
 
     def load_state(self, read: Callable[[str, str], torch.Tensor], updates: int) -> None:
-        """Put the state of `updates` optimizer steps back: `read(name, key)` gives what `state` yielded; collective."""
+        """Put the state of `updates` optimizer steps back; collective.
+
+        `read(name, key)` gives what `state` yielded.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._create_moments(updates)
@@ -166,14 +180,16 @@ class Engine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """ZeRO 1 and 2 find a parameter's part of the flat moments only after this. DeepSpeed does it in the first
-        update, after the first parameter group, and so misses the second."""
+        """Let ZeRO 1 and 2 find each parameter's part of the flat moments.
+
+        DeepSpeed does it in the first update, after the first parameter group, and so misses the second.
+        """
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_masters(self) -> list[torch.Tensor]:
-        """The fp32 tensors that the inner AdamW updates: parameters, or this rank's flat partitions of them."""
+        """The fp32 tensors that the inner AdamW updates: parameters, or this rank's flat partitions."""
         if self._is_plain():
             return list(self._names.values())
         for owner in (

@@ -98,7 +98,8 @@ def evaluate_checkpoint(
     check(config, world_size_from_launcher())
     if index.vocab_size > trained.model.vocab_size:
         raise ConfigError(
-            f"data: its vocabulary ({index.vocab_size}) <= the model's ({trained.model.vocab_size}) does not hold"
+            f"data: its vocabulary ({index.vocab_size}) <= the model's ({trained.model.vocab_size}) "
+            "does not hold"
         )
     mesh = make_mesh(sp_degree, start(device_choice, config.parallel.timeout_s))
     model, _ = load_model(checkpoint, mesh.device)

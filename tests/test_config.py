@@ -1,0 +1,67 @@
+"""Every cross-check of the configuration: one line that names the key and prints the failing equation."""
+
+import dataclasses
+
+import pytest
+
+from pi_dist.config import Config, ConfigError, accumulation_steps, check
+
+
+def changed(**parts):
+    config = Config()
+    for part, values in parts.items():
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("parts", "world_size", "key", "equation"),
+    [
+        ({"model": {"num_heads": 7}}, 1, "model.num_heads", "hidden_size (768) % num_heads (7) == 0"),
+        ({"model": {"num_kv_heads": 5}}, 1, "model.num_kv_heads", "num_heads (12) % num_kv_heads (5) == 0"),
+        ({"model": {"num_kv_heads": 0}}, 1, "model.num_kv_heads", "num_kv_heads (0) >= 1"),
+        ({"model": {"hidden_size": 36}}, 1, "model.num_heads", "head_dim (3) % 2 == 0"),
+        ({"model": {"window": -1}}, 1, "model.window", "window (-1) >= 0"),
+        ({"model": {"stride": 0}}, 1, "model.stride", "stride (0) >= 1"),
+        ({"model": {"strides": [4, 8]}}, 1, "model.strides", "len(strides) (2) == num_layers (12)"),
+        ({"model": {"strides": [[4]] * 12}}, 1, "model.strides", "len(strides[0]) (1) == num_heads (12)"),
+        ({"model": {"strides": [4] * 11 + [0]}}, 1, "model.strides", "strides[11] (0) >= 1"),
+        ({"model": {"attention_dropout": 1.0}}, 1, "model.attention_dropout", "attention_dropout (1.0) < 1"),
+        ({"model": {"logit_cap": 0.0}}, 1, "model.logit_cap", "logit_cap (0.0) > 0"),
+        ({"model": {"ring": False, "skip": False}}, 1, "model.ring", "ring or (skip and num_skips > 0)"),
+        ({"model": {"causal": False}}, 1, "model.causal", "causal == true"),
+        ({"training": {"context": 4}}, 1, "training.context", "context (4) > model.window (4)"),
+        ({"training": {"steps": 0}}, 1, "training.steps", "steps (0) >= 1"),
+        ({"training": {"learning_rate": 0.0}}, 1, "training.learning_rate", "learning_rate (0.0) > 0"),
+        ({"training": {"min_learning_rate": 1.0}}, 1, "training.min_learning_rate", "<= learning_rate"),
+        ({"training": {"beta2": 1.0}}, 1, "training.beta2", "beta2 (1.0) < 1"),
+        ({"training": {"seed": -1}}, 1, "training.seed", "0 <= seed (-1)"),
+        (
+            {"parallel": {"sp_degree": 3}},
+            3,
+            "parallel.sp_degree",
+            "training.context (4096) % sp_degree (3) == 0",
+        ),
+        ({"parallel": {"sp_degree": 4}}, 2, "parallel.sp_degree", "world size (2) % sp_degree (4) == 0"),
+        ({"parallel": {"timeout_s": 0.0}}, 1, "parallel.timeout_s", "timeout_s (0.0) > 0"),
+        ({}, 3, "training.batch_size", "batch_size (8) % (dp_degree (3) × micro_batch_size (1)) == 0"),
+        ({"data": {"prefetch": 0}}, 1, "data.prefetch", "prefetch (0) >= 1"),
+    ],
+)
+def test_impossible_sizes_name_the_key_and_the_equation(parts, world_size, key, equation):
+    with pytest.raises(ConfigError) as error:
+        check(changed(**parts), world_size)
+    text = str(error.value)
+    assert text.startswith(f"{key}: ") and equation in text and "does not hold" in text and "\n" not in text
+
+
+def test_sensible_configurations_pass():
+    check(Config())
+    check(changed(parallel={"sp_degree": 4}), 8)
+    check(changed(model={"num_kv_heads": 3, "strides": [[4] * 12] * 12, "logit_cap": None}))
+    assert accumulation_steps(changed(parallel={"sp_degree": 2}), 4) == 4
+
+
+def test_dictionaries_round_trip():
+    config = changed(model={"strides": [[4] * 12] * 12}, training={"seed": 3})
+    assert Config.from_dict(config.to_dict()) == config
