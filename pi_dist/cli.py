@@ -62,7 +62,7 @@ def _train(arguments: Namespace) -> int:
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
         if arguments.record is not None:
-            from pi_dist.measure.records import training_record, write
+            from pi_dist.measure.record import training_record, write
 
             write(training_record(config, dist.get_world_size(), outcome), arguments.record)
     dist.barrier()

@@ -1,5 +1,9 @@
 import pytest
 from distributed import Ranks
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # machines are shared: no test asserts a time
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

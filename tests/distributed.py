@@ -37,9 +37,10 @@ def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection
         "WORLD_SIZE": str(world_size),
     }
     try:
-        dist.init_process_group(
-            "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S)
-        )
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        timeout = timedelta(seconds=TIMEOUT_S)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         while (task := pipe.recv()) is not None:
             function, args = task
             try:
@@ -56,9 +57,8 @@ class Ranks:
     """`world_size` processes with an initialized group (gloo, or nccl with a GPU each); a context manager."""
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context(
-            "forkserver" if backend == "gloo" else "spawn"
-        )  # CUDA cannot fork
+        # CUDA cannot fork
+        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
         multiprocessing.set_forkserver_preload(["tests_preload"])
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the fork server's
         port = free_port()

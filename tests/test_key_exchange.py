@@ -101,7 +101,7 @@ def cases(draw):
 def test_equals_the_dense_oracle_for_any_split(ranks, num_ranks):
     """Any n, window, stride, heads, documents, padding; shards down to one token; both forms of exchange."""
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(cases(), st.integers(1, 9), st.booleans())
     def check(case, shard_length, fused):
         pattern, options, heads, gated, labels_kind, seed = case
@@ -131,7 +131,7 @@ def rows_by_brute_force(pattern, strides, shard, seq_len):
     return halo, skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.integers(1, 6), st.integers(1, 9), st.booleans())
 def test_plan_moves_the_rows_of_the_definition_and_no_others(case, num_ranks, shard_length, fused):
     pattern, _, (heads, kv_heads), *_ = case

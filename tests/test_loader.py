@@ -126,7 +126,7 @@ def test_an_epoch_holds_every_token_once_with_its_label(
     assert rows[0][0].segment_ids.dtype == torch.int32
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=120),
     st.integers(1, 40),

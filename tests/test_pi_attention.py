@@ -79,7 +79,7 @@ def cases(draw):
     return inputs, pattern, options
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_reference_equals_the_dense_oracle_and_its_gradients(case):
     inputs, pattern, options = case
@@ -89,7 +89,7 @@ def test_reference_equals_the_dense_oracle_and_its_gradients(case):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 20),
     st.integers(0, 20),
@@ -270,7 +270,7 @@ def test_options_that_make_no_sense_are_refused():
         pi_attention(*inputs, PiPattern(1, (4, 4)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 5), st.integers(1, 6), st.integers(0, 4), st.booleans(), st.booleans())
 def test_pattern_offsets_are_the_masks(window, stride, num_skips, causal, include_self):
     pattern = PiPattern(window, stride, causal, include_self, num_skips)

@@ -19,7 +19,7 @@ def encode(text: str) -> list[int]:
     return next(encode_texts(TOKENIZER, [(0, text)]))[1].tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=200))
 def test_any_text_comes_back(text: str) -> None:
     assert TOKENIZER.decode(encode(text), skip_special_tokens=False) == text
@@ -43,7 +43,7 @@ def test_text_that_spells_the_special_token_is_text() -> None:
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == f"before{END_OF_TEXT}after"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(alphabet="ab'st 1.,\n\t\u00a0\u0085é字", max_size=300), st.integers(1, 40))
 def test_chunks_do_not_change_the_ids(text: str, size: int) -> None:
     """A text cut before spaces, as long ones are, has the ids of the whole text."""

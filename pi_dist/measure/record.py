@@ -97,3 +97,40 @@ def versions() -> dict[str, str]:
 def write(record: dict, path: str) -> None:
     """Write a record as JSON."""
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+COLUMNS = {
+    "tokens": "context",
+    "sp_degree": "sp",
+    "zero_stage": "ZeRO",
+    "ms": "ms a step",
+    "tokens_per_s": "tokens/s",
+    "peak_mib": "peak MiB a GPU",
+    "last_loss": "last loss",
+    "heldout_loss": "held-out loss",
+    "reach": "reach",
+}
+
+
+def markdown_table(record: dict) -> str:
+    """A record as the Markdown table that the README shows; reach stands beside the context."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if value >= 100 else f"{value:.4f}"
+        return f"{value:,}"
+
+    lines = [" | ".join(["", *COLUMNS.values(), ""]).strip(), "|---" * len(COLUMNS) + "|"]
+    lines += [" | ".join(["", *(cell(row[key]) for key in COLUMNS), ""]).strip() for row in record["rows"]]
+    return "\n".join(lines)
+
+
+def kept_records() -> dict[str, dict]:
+    """The records that ship with the package, by name."""
+    folder = Path(__file__).parent / "records"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+if __name__ == "__main__":  # `python -m pi_dist.measure.record` prints the README's tables
+    for name, record in kept_records().items():
+        print(f"{name}\n\n{markdown_table(record)}\n")
