@@ -34,5 +34,9 @@ fi
 
 bash "$root/launch/install.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+ranks="$nproc"
+if [[ "$nproc" == gpu ]]; then ranks="$("$root/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')"; fi
+# bad input is refused here, in one line, before any rank starts
+"$root/.venv/bin/python" -m pi_dist train --check $((ranks * ${NNODES:-1})) --config "$config" "$@"
 exec "$root/.venv/bin/python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" \
     -m pi_dist train --config "$config" "$@"

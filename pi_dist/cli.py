@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from pi_dist.config import Config, ConfigError, ModelConfig, check_model
+from pi_dist.config import Config, ConfigError, ModelConfig, UserError, check, check_model, resolve
 
 BAD_INPUT = 2
 
@@ -29,13 +29,21 @@ def _train_parser() -> ArgumentParser:
     parser.add_argument(
         "--record", type=str | None, default=None, help="write times and memory there, as JSON"
     )
+    parser.add_argument(
+        "--check",
+        type=int | None,
+        default=None,
+        metavar="RANKS",
+        help="only check configuration and data for so many ranks, and leave",
+    )
     parser.add_class_arguments(Config)
     return parser
 
 
 def _config(arguments: Namespace) -> Config:
     values = arguments.as_dict()
-    del values["config"], values["record"]
+    for flag in ("config", "record", "check"):
+        del values[flag]
     return Config.from_dict(values)
 
 
@@ -54,6 +62,14 @@ def run_directory(flags: list[str]) -> str:
 
 
 def _train(arguments: Namespace) -> int:
+    if arguments.check is not None:
+        from pi_dist.data.shards import open_splits
+
+        config = _config(arguments)
+        check(config, arguments.check)
+        index, _ = open_splits(config.data)
+        resolve(config, index.vocab_size)
+        return 0
     import torch.distributed as dist
 
     from pi_dist.training.trainer import train
@@ -333,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.prog = f"pi-dist {argv[0]}"
     try:
         status = run(parser.parse_args(argv[1:]))
-    except (ArgumentError, ValueError, OSError) as error:
+    except (ArgumentError, UserError, OSError) as error:
         print(f"pi-dist {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
         status = BAD_INPUT
     _leave(status)

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What was asked for cannot be done; the message is one line for the user, without a traceback."""
+
+
+class ConfigError(UserError):
     """The configuration cannot work; the message names the key and the equation that fails."""
 
 
@@ -278,6 +282,23 @@ def check(config: Config, world_size: int = 1) -> None:
         f"batch_size ({t.batch_size}) "
         f"% (dp_degree ({dp_degree}) × micro_batch_size ({t.micro_batch_size})) == 0",
     )
+
+
+def resolve(config: Config, vocab_size: int) -> Config:
+    """Fill in what follows from the data: the vocabulary, rounded up to a multiple of 64.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the data's.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=-(-vocab_size // 64) * 64)
+    if model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: vocab_size ({model.vocab_size}) >= that of the data ({vocab_size}) "
+            "does not hold"
+        )
+    return dataclasses.replace(config, model=model)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from distributed import Ranks
 from test_trainer import config_for
 
+from pi_dist.config import resolve
 from pi_dist.data.shards import ShardIndex
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import make_mesh
@@ -29,7 +30,7 @@ from pi_dist.training.checkpoint import (
     verify,
 )
 from pi_dist.training.deepspeed_engine import Engine
-from pi_dist.training.trainer import resolve, train
+from pi_dist.training.trainer import train
 
 
 def make_engine(config):

@@ -125,6 +125,8 @@ def test_mpirun_trains_as_torchrun_does(corpus, tmp_path):
         (["--parallel.sp_degree=3"], "training.context (4096) % sp_degree (3) == 0 does not hold"),
         (["--parallel.sp_degree=2"], "world size (1) % sp_degree (2) == 0 does not hold"),
         (["--parallel.sp_degree=1", "--data.train=no/such"], "no/such"),
+        (["--check=3"], "world size (3) % sp_degree (2) == 0 does not hold"),
+        (["--check=2", "--data.train=no/such"], "no/such"),
     ],
 )
 def test_bad_configurations_are_one_line(capsys, monkeypatch, flags, named):

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pi_dist.config import DataConfig, UserError
+
 FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _ENTROPY_CHUNK = 1 << 22
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A prepared directory is damaged or incomplete; the message is one line that names the file."""
 
 
@@ -272,6 +274,20 @@ def _contents(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path}: missing: {error.strerror}") from error
+
+
+def open_splits(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The training and the held-out data of a run. Raises ShardError, also if their tokenizers differ."""
+    train = ShardIndex.open(config.train, config.verify_hashes)
+    if config.heldout is None:
+        return train, None
+    heldout = ShardIndex.open(config.heldout, config.verify_hashes)
+    if sha256_of(train.tokenizer_path) != sha256_of(heldout.tokenizer_path):
+        raise ShardError(
+            f"{heldout.tokenizer_path}: SHA-256 == that of {train.tokenizer_path} does not hold; "
+            "its tokens mean something else"
+        )
+    return train, heldout
 
 
 def unigram_entropy(directory: str | Path) -> float:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pi_dist.config import UserError
+
 SUFFIXES = (".txt", ".jsonl", ".tar")
 """Files that are read; a directory's other files are left alone."""
 TAR_EXTENSIONS = ("txt", "json")
@@ -21,7 +23,7 @@ TAR_EXTENSIONS = ("txt", "json")
 _BLOCK = 512
 
 
-class PrepareError(ValueError):
+class PrepareError(UserError):
     """The input or output cannot be used; the message is one line that names the file."""
 
 

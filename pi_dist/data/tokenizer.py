@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from pi_dist.config import UserError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -32,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise ValueError(
+        raise UserError(
             f"vocab_size: vocab_size ({vocab_size}) >= 257 does not hold; 256 bytes and {END_OF_TEXT}"
         )
     tokenizer = Tokenizer(models.BPE())
@@ -58,7 +60,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
+        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from pi_dist.config import UserError
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.pattern import total_reach
@@ -33,12 +34,12 @@ def generate(
         temperature: 0 takes the likeliest token. top_k: draw among so many; 0: among all.
 
     Raises:
-        ValueError: an empty prompt or options out of range.
+        UserError: an empty prompt or options out of range.
     """
     if not prompt:
-        raise ValueError("prompt: len(prompt) (0) >= 1 does not hold; the model continues a text")
+        raise UserError("prompt: len(prompt) (0) >= 1 does not hold; the model continues a text")
     if temperature < 0 or top_k < 0 or max_new_tokens < 0:
-        raise ValueError(
+        raise UserError(
             f"temperature ({temperature}), top_k ({top_k}), max_new_tokens ({max_new_tokens}) >= 0 "
             "does not hold"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pi_dist.config import Config
+from pi_dist.config import Config, UserError
 from pi_dist.measure.reach import report
 from pi_dist.model.flops import training_flops_per_token
 from pi_dist.training.trainer import Outcome
@@ -36,10 +36,10 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
     not known.
 
     Raises:
-        ValueError: too few steps to leave the first ones out.
+        UserError: too few steps to leave the first ones out.
     """
     if len(outcome.step_seconds) <= WARM_UP_STEPS:
-        raise ValueError(
+        raise UserError(
             f"--record: steps of this call ({len(outcome.step_seconds)}) > {WARM_UP_STEPS} does not hold"
         )
     t = config.training

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pi_dist.config import Config, ConfigError
+from pi_dist.config import Config, ConfigError, UserError
 from pi_dist.data.shards import fsync, sha256_of
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.training.deepspeed_engine import MOMENTS, Engine
@@ -40,7 +40,7 @@ _ANNOUNCED = ("training.", "parallel.sp_degree", "parallel.zero_stage")
 _QUIET = ("training.eval_every", "training.save_every", "training.keep_checkpoints", "training.log_every")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or is not what was written; the message names the file."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import time
@@ -14,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from pi_dist.config import Config, ConfigError, check
+from pi_dist.config import Config, ConfigError, UserError, check, resolve
 from pi_dist.data.loader import Batch, SequenceLoader
-from pi_dist.data.shards import ShardIndex, sha256_of
+from pi_dist.data.shards import ShardIndex, open_splits
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.dropout import derive_seed
@@ -29,7 +28,7 @@ from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message names the step and why."""
 
 
@@ -53,23 +52,6 @@ class Outcome:
     heldout_loss: float | None
     checkpoint: Path
     stopped_by: str | None
-
-
-def resolve(config: Config, vocab_size: int) -> Config:
-    """Fill in what follows from the data: the vocabulary, rounded up to a multiple of 64.
-
-    Raises:
-        ConfigError: the model's vocabulary is smaller than the data's.
-    """
-    model = config.model
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=-(-vocab_size // 64) * 64)
-    if model.vocab_size < vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: vocab_size ({model.vocab_size}) >= that of the data ({vocab_size}) "
-            "does not hold"
-        )
-    return dataclasses.replace(config, model=model)
 
 
 class _StopRequest:
@@ -113,15 +95,7 @@ def train(config: Config) -> tuple[Config, Outcome]:
         TrainingError: the loss or the gradient is not finite; no checkpoint is made of it.
     """
     check(config, world_size_from_launcher())
-    index = ShardIndex.open(config.data.train, config.data.verify_hashes)
-    heldout_index = None
-    if config.data.heldout is not None:
-        heldout_index = ShardIndex.open(config.data.heldout, config.data.verify_hashes)
-        if sha256_of(index.tokenizer_path) != sha256_of(heldout_index.tokenizer_path):
-            raise ConfigError(
-                f"data.heldout: SHA-256 of {heldout_index.tokenizer_path} == that of {index.tokenizer_path} "
-                "does not hold; its tokens mean something else"
-            )
+    index, heldout_index = open_splits(config.data)
     config = resolve(config, index.vocab_size)
     device = start(config.parallel.device, config.parallel.timeout_s)
     check(config, dist.get_world_size())
