@@ -38,5 +38,7 @@ ranks="$nproc"
 if [[ "$nproc" == gpu ]]; then ranks="$("$root/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')"; fi
 # bad input is refused here, in one line, before any rank starts
 "$root/.venv/bin/python" -m pi_dist train --check $((ranks * ${NNODES:-1})) --config "$config" "$@"
-exec "$root/.venv/bin/python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" \
+# a signal to the launcher reaches the ranks, which save at the next step boundary and have ten minutes for it
+signals=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600)
+exec "$root/.venv/bin/python" -m torch.distributed.run "${where[@]}" "${signals[@]}" --nproc-per-node "$nproc" \
     -m pi_dist train --config "$config" "$@"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -70,6 +71,8 @@ def _train(arguments: Namespace) -> int:
         index, _ = open_splits(config.data)
         resolve(config, index.vocab_size)
         return 0
+    if arguments.record is not None and not os.path.isdir(os.path.dirname(arguments.record) or "."):
+        raise ConfigError(f"record: {os.path.dirname(arguments.record)} is not a directory")
     import torch.distributed as dist
 
     from pi_dist.training.trainer import train
@@ -100,16 +103,17 @@ def _closing(config: Config, outcome: Any) -> str:
     if outcome.heldout_loss is not None:
         entropy = unigram_entropy(config.data.heldout)
         lines.append(
-            f"held-out loss      {outcome.heldout_loss:.3f} nats/token; "
-            f"the held-out text's own unigram entropy is "
-            f"{entropy:.3f} ({entropy - outcome.heldout_loss:+.3f} better)"
+            f"held-out loss      {outcome.heldout_loss:.3f} nats/token, "
+            f"{abs(entropy - outcome.heldout_loss):.3f} "
+            f"{'below' if outcome.heldout_loss < entropy else 'above'} the text's own unigram entropy of "
+            f"{entropy:.3f}"
         )
     reach = report(config.model, config.training.context)
     lines += [
         f"reach              {reach.reach} tokens to the left of {config.training.context} in the context; "
         f"the last token can see {reach.covered_share:.1%} of what is before it",
         f"checkpoint         {outcome.checkpoint}",
-        f"TensorBoard        tensorboard --logdir {config.run_dir}/tensorboard",
+        f"TensorBoard        tensorboard --logdir {shlex.quote(config.run_dir + '/tensorboard')}",
     ]
     return "\n".join(lines)
 
@@ -173,7 +177,9 @@ def _eval_parser() -> ArgumentParser:
         "--context", type=int | None, default=None, help="tokens of a sequence; default: as trained"
     )
     parser.add_argument("--sp-degree", type=int, default=1, help="ranks that share a sequence")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute"
+    )
     parser.add_argument(
         "--json", type=str | None, default=None, help="write the result there; - is standard output"
     )
@@ -219,19 +225,20 @@ def _generate_parser() -> ArgumentParser:
 def _generate(arguments: Namespace) -> int:
     import torch
 
-    from pi_dist.data.tokenizer import END_OF_TEXT, load_tokenizer, vocabulary_size
+    from pi_dist.data.tokenizer import encode_texts, load_tokenizer, vocabulary_size
     from pi_dist.inference.generate import generate
     from pi_dist.training.checkpoint import load_model, open_checkpoint
 
     checkpoint = open_checkpoint(arguments.checkpoint)
     model, _ = load_model(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
+    prompt = next(encode_texts(tokenizer, [("prompt", arguments.prompt)]))[1].tolist()
     new = generate(
         model,
-        tokenizer.encode(arguments.prompt).ids,
+        prompt,
         arguments.max_new_tokens,
         vocab_size=vocabulary_size(tokenizer),
-        end_of_text=tokenizer.token_to_id(END_OF_TEXT),
+        end_of_text=checkpoint.state["end_of_text"],
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
@@ -250,7 +257,12 @@ def _reach_parser() -> ArgumentParser:
     parser.add_argument("--window", type=int, default=4, help="k: neighbours on a side, itself not counted")
     parser.add_argument("--stride", type=int, default=16, help="π: base stride in tokens")
     parser.add_argument("--num-skips", type=int, default=1, help="M: skip targets i-π … i-Mπ")
-    parser.add_argument("--schedule", type=str, default="fixed", help="fixed, doubling or per_head")
+    parser.add_argument(
+        "--schedule",
+        type=Literal["fixed", "doubling", "per_head"],
+        default="fixed",
+        help="strides of the layers",
+    )
     parser.add_argument(
         "--num-strides", type=int | None, default=None, help="c; default: all strides below the context"
     )
@@ -262,10 +274,12 @@ def _reach_parser() -> ArgumentParser:
 
 
 def _reach(arguments: Namespace) -> int:
-    from pi_dist.measure.reach import describe, report, to_json
+    from pi_dist.measure.reach import MAX_LAYERS, describe, report, to_json
 
-    if arguments.schedule not in ("fixed", "doubling", "per_head"):
-        raise ConfigError(f"schedule: {arguments.schedule!r} in (fixed, doubling, per_head) does not hold")
+    if not 1 <= arguments.layers <= MAX_LAYERS:
+        raise ConfigError(f"layers: 1 <= layers ({arguments.layers}) <= {MAX_LAYERS} does not hold")
+    if arguments.heads < 1:
+        raise ConfigError(f"heads: heads ({arguments.heads}) >= 1 does not hold")
     if arguments.context < 1:
         raise ConfigError(f"context: context ({arguments.context}) >= 1 does not hold")
     model = ModelConfig(
@@ -333,8 +347,9 @@ def _one_line(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `pi-dist` and `python -m pi_dist`; leaves with an exit status."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # PyTorch 2.13 renames a collective that DeepSpeed (and PyTorch 2.11) knows by its old name only
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    # PyTorch 2.13 renames collectives that DeepSpeed (and PyTorch 2.11) knows by their old names only
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*deprecated", category=FutureWarning)
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))

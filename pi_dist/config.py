@@ -124,7 +124,7 @@ class TrainingConfig:
     """Sequences of one optimizer step, over all ranks; does not change with the number of ranks."""
     micro_batch_size: int = 1
     """Sequences of one forward pass of one replica; the rest is gradient accumulation."""
-    steps: int = 1000
+    steps: int = 200_000
     """Optimizer steps of the whole run."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""

@@ -113,6 +113,15 @@ def test_only_the_newest_are_kept(config):
     assert names == ["step-00000003", "step-00000004"]
 
 
+def test_a_new_checkpoint_is_kept_although_a_refused_one_has_a_later_step(saved, config):
+    """The run went back to step 1 because 2 was damaged; the new step 1 must not be pruned in 2's favour."""
+    (directory(saved) / "step-00000002" / "state.json").write_bytes(b"{}")
+    with Ranks(2) as ranks:
+        ranks.run(save_steps, config, [1], 1)
+    found, refused = find_newest(saved)
+    assert found.step == 1 and not refused
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(config):
     """The kernel refuses to write files beyond 10 kB from the second save on, on every rank."""
     with Ranks(2) as ranks:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from pi_dist.cli import COMMANDS, main, run_directory
+from pi_dist.training.checkpoint import find_newest
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
@@ -99,6 +101,11 @@ def test_from_text_to_a_sample(tmp_path):
     split = json.loads(pi_dist(*on_two, launcher=torchrun(2))[0])
     assert alone["step"] == 9 and alone["loss"] == pytest.approx(row["heldout_loss"], rel=1e-5)
     assert split["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    pi_dist("prepare", tmp_path / "text", "--output", tmp_path / "other", "--vocab-size", 300)
+    _, err = pi_dist("eval", run_dir, "--data", tmp_path / "other" / "train", status=2)
+    assert "tokenizer.json does not hold" in err and len(err.strip().splitlines()) == 1
+    _, err = pi_dist("eval", run_dir, "--data", data / "heldout", "--sp-degree", 0, status=2)
+    assert "sp_degree (0) >= 1 does not hold" in err
     out, _ = pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)
     assert out.startswith("Fellow citizens") and len(out) > 30
     assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
@@ -112,6 +119,25 @@ def test_mpirun_trains_as_torchrun_does(corpus, tmp_path):
         lines = [line for line in out.splitlines() if line.startswith("step ") and "/3" in line]
         losses.append([line.split("  ")[1] for line in lines])
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_sigusr1_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path):
+    where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path / 'run'}"]
+    command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
+    launcher = subprocess.Popen(
+        [*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        lines = []
+        for line in launcher.stdout:
+            lines.append(line)
+            if line.startswith("step 2/"):
+                launcher.send_signal(signal.SIGUSR1)
+        launcher.wait(timeout=120)
+    finally:
+        launcher.kill()
+    assert any("stopped by SIGUSR1 after step" in line for line in lines), lines
+    assert find_newest(tmp_path / "run")[0].step >= 2
 
 
 @pytest.mark.parametrize(

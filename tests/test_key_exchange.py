@@ -41,13 +41,14 @@ def oracle(inputs, pattern, options):
     return [out.detach(), *torch.autograd.grad((out * dout).sum(), wanted)]
 
 
-def on_a_rank(pattern, options, input_arguments, fused, device="cpu"):
+def on_a_rank(pattern, options, input_arguments, fused, device="cpu", dtype=torch.float64):
     """(this shard's output and gradients, rows sent forward and backward in elements by way)."""
     q, k, v, gate, dout, labels = (None if x is None else x.to(device) for x in draw_inputs(*input_arguments))
     rank, size = dist.get_rank(), dist.get_world_size()
     m = q.shape[1] // size
     mine = slice(rank * m, (rank + 1) * m)
-    tensors = [x if x is None else x[:, mine].clone().requires_grad_() for x in (q, k, v, gate)]
+    tensors = [x[:, mine].to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+    tensors.append(None if gate is None else gate[:, mine].clone().requires_grad_())
     sent = {"all_to_all_single": [], "isend": []}
     all_to_all_single, isend = dist.all_to_all_single, dist.batch_isend_irecv
 
@@ -198,6 +199,15 @@ def test_bytes_sent_equal_the_formula(ranks, pattern, fused):
     assert by_ring == (0 if fused else 2 * volume * halo_rows)
     for s in sent:  # one collective a layer and direction, the same on every rank
         assert len(s["all_to_all_single"]) == 2 * (by_all_to_all > 0)
+
+
+def test_gradients_of_bf16_keys_return_in_fp32(ranks):
+    """Twice the bytes of the way there, by ring and by all_to_all."""
+    pattern, arguments = PiPattern(3, 9, num_skips=2), (1, 1, 32, 2, 2, True, "none")
+    both = [sent for _, sent in ranks(2).run(on_a_rank, pattern, {}, arguments, False, "cpu", torch.bfloat16)]
+    for way in ("all_to_all_single", "isend"):
+        forward, backward = (sum(sent[way][direction] for sent in both) for direction in (0, 1))
+        assert backward == 2 * forward > 0
 
 
 def test_interior_rank_skip_rows_are_equation_8():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from pi_dist.config import ModelConfig
 from pi_dist.measure.reach import report
+from pi_dist.model import attention
 from pi_dist.model.attention import Gate, SequenceContext
 from pi_dist.model.flops import mean_pairs, training_flops_per_token
 from pi_dist.model.loss import IGNORE, summed_cross_entropy
@@ -140,6 +141,22 @@ def test_gate_and_its_ablations_train(changes, gated):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     if gated:
         assert all(p.grad.abs().sum() > 0 for p in model.blocks[0].attention.gate.parameters())
+
+
+def test_every_layer_and_step_has_its_own_dropout(monkeypatch):
+    """The operator is handed another seed in each layer, and for another step in all of them."""
+    seeds = []
+    original = attention.sequence_parallel_pi_attention
+
+    def noting(*args, seed, **options):
+        seeds.append(seed)
+        return original(*args, seed=seed, **options)
+
+    monkeypatch.setattr(attention, "sequence_parallel_pi_attention", noting)
+    model = PiTransformer(dataclasses.replace(TINY, attention_dropout=0.2), 16)
+    for step_seed in (1, 2):
+        model(torch.zeros(1, 16, dtype=torch.int64), context=SequenceContext(seed=step_seed))
+    assert len(seeds) == 4 and len(set(seeds)) == 4
 
 
 def test_recomputation_gives_the_same_gradients():

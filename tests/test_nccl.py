@@ -32,6 +32,7 @@ def test_exchange_equals_the_oracle(pair, strides, causal, fused):
 def test_gradients_equal_one_process_in_every_zero_stage(activation_checkpointing):
     with Ranks(2, backend="nccl") as ranks:
         options = {"activation_checkpointing": activation_checkpointing}
+        options["clip_norm"] = test_training_parity.CLIP_NORM
         test_training_parity.check(
             ranks.run(test_training_parity.on_a_rank, 2, [0, 1, 2, 3], options, True, "cuda")
         )

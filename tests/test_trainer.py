@@ -1,6 +1,7 @@
 """Whole training runs on real ranks: resume, other splits, TensorBoard, signals, what must stop a run."""
 
 import dataclasses
+import fcntl
 import os
 import signal
 import threading
@@ -135,6 +136,9 @@ def test_a_finished_run_says_so_and_keeps_its_result(undisturbed, corpus):
     again = train_on(2, config_for(corpus, run_dir))[0]
     assert again.losses == () and again.step == 6
     assert again.heldout_loss == outcome.heldout_loss and again.checkpoint == outcome.checkpoint
+    config = config_for(corpus, run_dir)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=config.data.train))
+    assert train_on(2, other)[0].heldout_loss != outcome.heldout_loss  # measured anew, not remembered
 
 
 def test_tensorboard_files_are_read_back(undisturbed):
@@ -171,6 +175,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(corpus, tm
     )
     assert all(isinstance(o, TrainingError) and "nothing was saved" in str(o) for o in outcomes)
     assert find_newest(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize(("world_size", "sp"), [(2, 2), (2, 1), (4, 2)])
+def test_steps_with_much_padding_equal_one_rank(corpus, tmp_path, world_size, sp):
+    """Padding lies at the ends of sequences, so ranks hold very different numbers of valid tokens."""
+    sizes = {"context": 3072, "batch_size": 2, "steps": 2, "save_every": 0, "eval_every": 0}
+    alone = train_on(1, config_for(corpus, tmp_path / "alone", sp=1, stage=0, **sizes))[0]
+    split = train_on(world_size, config_for(corpus, tmp_path / "split", sp=sp, **sizes))[0]
+    assert split.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert split.heldout_loss == pytest.approx(alone.heldout_loss, rel=1e-5)
+    a, b = weights(tmp_path / "alone", 2), weights(tmp_path / "split", 2)
+    assert all((a[name] - b[name]).norm() < 1e-4 * a[name].norm() for name in a if a[name].dim() == 2)
+
+
+def noted_seeds(config):
+    """The dropout seeds of every micro-step of a run on this rank."""
+    from pi_dist.training import trainer
+
+    seeds, original = [], trainer.summed_loss
+
+    def noting(model, mesh, batch, parallel, seed):
+        seeds.append(seed)
+        return original(model, mesh, batch, parallel, seed)
+
+    trainer.summed_loss = noting
+    train(config)
+    return seeds
+
+
+def test_every_step_has_its_own_dropout_and_ranks_share_it(corpus, tmp_path):
+    with Ranks(2) as ranks:
+        seeds = ranks.run(noted_seeds, config_for(corpus, tmp_path, steps=3, batch_size=2))
+    assert seeds[0] == seeds[1] and len(seeds[0]) == 6 and len(set(seeds[0])) == 3
+
+
+def test_a_second_run_in_the_same_directory_is_refused(corpus, tmp_path):
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        outcomes = train_on(2, config_for(corpus, tmp_path))
+    assert all(isinstance(o, ConfigError) and "another process is training" in str(o) for o in outcomes)
 
 
 def run_with_own_seed(config):

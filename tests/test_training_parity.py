@@ -19,7 +19,7 @@ from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, summed_loss
 
-CONTEXT, ROWS, SEED = 32, 4, 7
+CONTEXT, ROWS, SEED, CLIP_NORM = 32, 4, 7, 0.05
 MODEL = ModelConfig(
     num_layers=2,
     hidden_size=24,
@@ -100,34 +100,39 @@ def on_a_rank(sp, stages, options, update, device="cpu"):
                 engine.step(0)
         torch.distributed.all_reduce(total)
         gradients = {name: gradient.to("cpu", copy=True) for name, gradient in engine.gradients()}
-        norm = None
+        updated = None
         if update:
             engine.step(0)
-            norm = engine.gradient_norm()
-        results.append(((total / valid).item(), heldout, gradients, norm))
+            moments = {name: state["exp_avg"].to("cpu", copy=True) for name, state in engine.state()}
+            updated = (engine.gradient_norm(), moments)
+        results.append(((total / valid).item(), heldout, gradients, updated))
     return results
 
 
 def check(found, tolerance=1e-5):
     loss, heldout, gradients = one_process()
     for of_rank in found:
-        for found_loss, found_heldout, found_gradients, norm in of_rank:
+        for found_loss, found_heldout, found_gradients, updated in of_rank:
             assert found_loss == pytest.approx(loss, rel=tolerance)
             assert found_heldout == pytest.approx(heldout, rel=tolerance)
             assert found_gradients.keys() == gradients.keys()
             for name, expected in gradients.items():
                 error = (found_gradients[name] - expected).norm() / expected.norm()
                 assert error < tolerance, (name, error.item())
-            if norm is not None:
+            if updated is not None:  # AdamW's first moment is a tenth of the clipped gradient
+                norm, moments = updated
                 whole = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
-                assert norm == pytest.approx(whole, rel=tolerance)
+                assert norm == pytest.approx(whole, rel=tolerance) and whole > 2 * CLIP_NORM
+                for name, expected in gradients.items():
+                    clipped = 0.1 * expected * CLIP_NORM / whole
+                    assert (moments[name] - clipped).norm() < 2 * tolerance * clipped.norm(), name
 
 
 @pytest.mark.parametrize("dp", [1, 2])
 @pytest.mark.parametrize("sp", [1, 2, 4, 8])
 def test_equals_one_process_in_every_zero_stage(sp, dp):
     with Ranks(sp * dp) as ranks:
-        found = ranks.run(on_a_rank, sp, [0, 1, 2, 3], {"clip_norm": 0.05}, True)
+        found = ranks.run(on_a_rank, sp, [0, 1, 2, 3], {"clip_norm": CLIP_NORM}, True)
     check(found)
 
 

@@ -85,6 +85,9 @@ def prepare(
     made_from = {"options": options, "inputs": len(files), "inputs_sha256": digest}
 
     target = Path(output)
+    inside = [entry for entry in inputs if target.resolve().is_relative_to(Path(entry).resolve())]
+    if inside:
+        raise PrepareError(f"{output}: lies inside the input {inside[0]}, which would then be read as input")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         return _reuse(target, made_from)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""What a configuration can see, what a machine has, what was measured."""

@@ -38,12 +38,10 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
     Raises:
         UserError: too few steps to leave the first ones out.
     """
-    if len(outcome.step_seconds) <= WARM_UP_STEPS:
-        raise UserError(
-            f"--record: steps of this call ({len(outcome.step_seconds)}) > {WARM_UP_STEPS} does not hold"
-        )
+    if not outcome.step_seconds:
+        raise UserError("record: steps of this call (0) > 0 does not hold; the run was done already")
     t = config.training
-    seconds = statistics.median(outcome.step_seconds[WARM_UP_STEPS:])
+    seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
     tokens = t.context * t.batch_size
     peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
     flops = training_flops_per_token(config.model, t.context) * tokens
@@ -78,7 +76,11 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
         "command": " ".join(["pi-dist", *sys.argv[1:]]),
         "device": device_name(),
         "versions": versions(),
-        "settings": {"seed": t.seed, "data": Path(config.data.train).parent.name},
+        "settings": {
+            "steps": len(outcome.step_seconds),
+            "seed": t.seed,
+            "data": Path(config.data.train).parent.name,
+        },
         "rows": [row],
     }
 

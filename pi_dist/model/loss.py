@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 _TILE_ELEMENTS = 2**25  # logits held at a time
@@ -48,10 +49,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dtotal):
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight = (
+            ctx.saved_tensors
+        )  # dtotal stays fp32: rounded to bf16 it would scale every gradient
         return (
-            None if dhidden is None else dhidden * dtotal.to(dhidden.dtype),
+            None if dhidden is None else (dhidden.to(dtotal.dtype) * dtotal).to(dhidden.dtype),
             None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype),
             None,
         )

@@ -51,11 +51,13 @@ class PiPattern:
     def __post_init__(self) -> None:
         if isinstance(self.strides, list):
             object.__setattr__(self, "strides", tuple(self.strides))
+        distinct = self.strides if isinstance(self.strides, tuple) else (self.strides,)
+        if not all(isinstance(size, int) for size in (self.window, self.num_skips, *distinct)):
+            raise ValueError(f"whole numbers in {self} does not hold")
         if self.window < 0:
             raise ValueError(f"window ({self.window}) >= 0 does not hold")
         if self.num_skips < 0:
             raise ValueError(f"num_skips ({self.num_skips}) >= 0 does not hold")
-        distinct = (self.strides,) if isinstance(self.strides, int) else self.strides
         if not distinct or min(distinct) < 1:
             raise ValueError(f"strides ({self.strides}) >= 1 does not hold")
 

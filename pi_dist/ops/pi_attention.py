@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import AttentionSpec, KeyGroup, Run
@@ -186,6 +187,7 @@ class _PiAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, gate, q_labels, k_labels, lse = ctx.saved_tensors
         spec = ctx.spec

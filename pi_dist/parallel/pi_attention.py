@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.pi_attention import backend_functions, check_options, check_shapes, pi_attention
@@ -103,6 +104,7 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, gate, labels, lse, *rows = ctx.saved_tensors
         keys, values = rows[: len(rows) // 2], rows[len(rows) // 2 :]

@@ -50,6 +50,7 @@ class Checkpoint:
 
     path: Path
     state: dict
+    files: tuple[str, ...]
 
     @property
     def step(self) -> int:
@@ -135,8 +136,10 @@ def save(engine: Engine, run_dir: str | Path, state: dict, tokenizer: Path, keep
     if verdict[0] is not None:
         raise CheckpointError(f"checkpoint of step {state['step']} not written: {verdict[0]}")
     if rank == 0:
-        for old in _candidates(run_dir)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        # one of a later step was refused, or the run would have gone on from it
+        older = [path for path in _candidates(run_dir) if path < place]
+        for path in {*_candidates(run_dir)} - {place, *older[: keep - 1]}:
+            shutil.rmtree(path, ignore_errors=True)
     return place
 
 
@@ -182,7 +185,7 @@ def verify(path: str | Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_bytes())
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path}: format ({state['format']}) == {FORMAT} does not hold")
-    return Checkpoint(path, state)
+    return Checkpoint(path, state, tuple(files))
 
 
 def find_newest(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
@@ -208,9 +211,10 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     Works on any number of ranks and in any ZeRO stage.
     """
     where: dict[str, Path] = {}
-    for path in sorted(checkpoint.path.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
+    for name in checkpoint.files:
+        if name.endswith(".safetensors"):
+            with safe_open(checkpoint.path / name, "pt") as file:
+                where |= dict.fromkeys(file.keys(), checkpoint.path / name)
 
     def read(name: str, key: str) -> torch.Tensor:
         stored = name if key == "weight" else f"{name}.{key}"

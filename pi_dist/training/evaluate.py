@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pi_dist.config import Config, ConfigError, ParallelConfig, accumulation_steps, check
 from pi_dist.data.loader import Batch, SequenceLoader
-from pi_dist.data.shards import ShardIndex
+from pi_dist.data.shards import ShardIndex, sha256_of
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
@@ -83,6 +83,8 @@ def evaluate_checkpoint(
     Raises:
         ConfigError, ShardError, CheckpointError: as in training.
     """
+    if sp_degree < 1:
+        raise ConfigError(f"sp-degree: sp_degree ({sp_degree}) >= 1 does not hold")
     index = ShardIndex.open(data)
     checkpoint = open_checkpoint(path)
     trained = Config.from_dict(checkpoint.state["config"])
@@ -96,10 +98,10 @@ def evaluate_checkpoint(
         ),
     )
     check(config, world_size_from_launcher())
-    if index.vocab_size > trained.model.vocab_size:
+    if sha256_of(index.tokenizer_path) != sha256_of(checkpoint.path / "tokenizer.json"):
         raise ConfigError(
-            f"data: its vocabulary ({index.vocab_size}) <= the model's ({trained.model.vocab_size}) "
-            "does not hold"
+            f"data: SHA-256 of {index.tokenizer_path} == that of the checkpoint's tokenizer.json does not "
+            f"hold; prepare the text with --tokenizer {checkpoint.path / 'tokenizer.json'}"
         )
     mesh = make_mesh(sp_degree, start(device_choice, config.parallel.timeout_s))
     model, _ = load_model(checkpoint, mesh.device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import signal
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -102,8 +103,14 @@ def train(config: Config) -> tuple[Config, Outcome]:
     versions = {name: version(name) for name in ("torch", "deepspeed")}
     _check_agreement(checkpoints.flatten(config.to_dict()) | {"data": index.fingerprint} | versions)
     mesh = make_mesh(config.parallel.sp_degree, device)
+    lock = _lock(config, mesh)
     found, refused = _find_checkpoint(config, mesh)
     notes = [f"refused {text}" for text in refused]
+    if config.training.warmup_steps >= config.training.steps:
+        notes.append(
+            f"warning: warmup_steps ({config.training.warmup_steps}) < steps ({config.training.steps}) "
+            "does not hold; the peak learning rate is never reached"
+        )
     if found is not None:
         notes += [f"changed {text}" for text in checkpoints.check_resumable(found, config, index.fingerprint)]
     first = 0 if found is None else found.step
@@ -132,6 +139,31 @@ def train(config: Config) -> tuple[Config, Outcome]:
     finally:
         if metrics is not None:
             metrics.close()
+        if lock is not None:
+            lock.close()
+
+
+def _lock(config: Config, mesh: Mesh) -> TextIO | None:
+    """Keep a second run out of run_dir: rank 0 holds a lock on a file there as long as this stays open.
+
+    Raises:
+        ConfigError: on every rank, if another process holds it.
+    """
+    held, error = None, [None]
+    if mesh.rank == 0:
+        path = Path(config.run_dir) / ".lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = path.open("w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            error = [f"run_dir: another process is training in {config.run_dir}"]
+        except OSError:  # a file system without locks
+            pass
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise ConfigError(error[0])
+    return held
 
 
 def _find_checkpoint(config: Config, mesh: Mesh) -> tuple[checkpoints.Checkpoint | None, list[str]]:
@@ -194,7 +226,11 @@ class _Run:
         step = first
         stopped_by = None
         saved = None if found is None else found.path
-        heldout = None if found is None else found.state["heldout_loss"]
+        heldout = None
+        if found is not None and found.state["heldout_data"] == self._heldout_data():
+            heldout = found.state["heldout_loss"]
+        elif first == t.steps:  # the run is done, these held-out data are new
+            heldout = self._heldout_loss(first)
         batches = self.loader.iterate(first)
         try:
             while step < t.steps:
@@ -208,11 +244,8 @@ class _Run:
                     self.metrics.step(step + 1, done.loss, done.tokens, seconds[-1], rate, done.gradient_norm)
                 step += 1
                 last = step == t.steps or stopped_by is not None
-                due = step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0)
-                if self.heldout_loader is not None and due:
-                    heldout = heldout_loss(self.engine, self.mesh, self.heldout_loader, self.config.parallel)
-                    if self.metrics is not None:
-                        self.metrics.heldout(step, heldout)
+                if step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0):
+                    heldout = self._heldout_loss(step)
                 if last or (t.save_every and step % t.save_every == 0):
                     saved = self._save(step, heldout, last) or saved
                 if stopped_by is not None:
@@ -250,14 +283,28 @@ class _Run:
         signal_name = signal.Signals(number.item()).name if number else None
         return _StepResult(loss, int(valid.item()), norm, signal_name)
 
+    def _heldout_data(self) -> str | None:
+        """Which held-out data the run measures."""
+        return None if self.heldout_loader is None else self.heldout_loader.index.fingerprint
+
+    def _heldout_loss(self, step: int) -> float | None:
+        """Measure the held-out loss after `step` steps; None without held-out data."""
+        if self.heldout_loader is None:
+            return None
+        loss = heldout_loss(self.engine, self.mesh, self.heldout_loader, self.config.parallel)
+        if self.metrics is not None:
+            self.metrics.heldout(step, loss)
+        return loss
+
     def _save(self, step: int, heldout: float | None, last: bool) -> Path | None:
         """Write a checkpoint; a failure is said and survived, unless it is the last."""
         state = {
             "step": step,
-            "samples": step * self.config.training.batch_size,
             "heldout_loss": heldout,
             "config": self.config.to_dict(),
             "data": self.index.fingerprint,
+            "heldout_data": self._heldout_data(),
+            "end_of_text": self.index.end_of_text,
             "versions": {name: version(name) for name in ("torch", "deepspeed")},
         }
         keep = self.config.training.keep_checkpoints
