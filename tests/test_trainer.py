@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import os
+import shutil
 import signal
 import threading
 
@@ -131,11 +132,12 @@ def test_resume_on_another_number_of_ranks(
     assert resumed.heldout_loss == pytest.approx(outcome.heldout_loss, rel=1e-5)
 
 
-def test_a_finished_run_says_so_and_keeps_its_result(undisturbed, corpus):
-    run_dir, outcome = undisturbed
+def test_a_finished_run_says_so_and_keeps_its_result(undisturbed, corpus, tmp_path):
+    finished, outcome = undisturbed
+    run_dir = shutil.copytree(finished, tmp_path / "run")
     again = train_on(2, config_for(corpus, run_dir))[0]
     assert again.losses == () and again.step == 6
-    assert again.heldout_loss == outcome.heldout_loss and again.checkpoint == outcome.checkpoint
+    assert again.heldout_loss == outcome.heldout_loss and again.checkpoint.name == "step-00000006"
     config = config_for(corpus, run_dir)
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=config.data.train))
     assert train_on(2, other)[0].heldout_loss != outcome.heldout_loss  # measured anew, not remembered
