@@ -250,7 +250,8 @@ def draw_exchange(path: str | os.PathLike) -> None:
             -4.4,
             foot,
             f"{_RANKS * _SHARD} tokens on {_RANKS} ranks. "
-            "Strong cells travel, as keys and values; pale ones stay.\n"
+            "Strong cells travel, as keys and values; pale ones stay. "
+            "A row that the window brought is not sent again.\n"
             "Backward: the gradients of received rows go the same way back, and the owner adds them up.",
             va="top",
             linespacing=1.6,

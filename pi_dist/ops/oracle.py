@@ -10,8 +10,7 @@ import torch
 
 from pi_dist.ops.dropout import keep_mask
 from pi_dist.ops.pattern import PiPattern
-
-GATE_EPSILON = 1e-4
+from pi_dist.ops.spec import GATE_EPSILON
 
 
 def neighbour_masks(

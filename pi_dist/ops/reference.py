@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from pi_dist.ops.dropout import keep_bits, position_hash
-from pi_dist.ops.oracle import GATE_EPSILON
-from pi_dist.ops.spec import AttentionSpec, KeyGroup
+from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyGroup
 
 
 class _Piece(NamedTuple):

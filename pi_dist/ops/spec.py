@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from pi_dist.ops.pattern import HeadGroup, PiPattern
 
+GATE_EPSILON = 1e-4  # ε of α̃ = (1-2ε)α + ε, which keeps the log-prior finite
+
 
 class Run(NamedTuple):
     """Global token positions [start, stop)."""
