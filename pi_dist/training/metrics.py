@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,11 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _has_terminal() -> bool:
+    """Whether a bar can be drawn on stderr: a terminal that knows its width."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class Metrics:
@@ -29,7 +35,7 @@ class Metrics:
         self._start, self._steps, self._log_every = start_step, steps, log_every
         self._tokens, self._seconds = 0, 0.0
         self._bar = tqdm(
-            total=steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not _has_terminal()
         )
 
     def step(
