@@ -33,6 +33,6 @@ if [[ "$("$mpirun" --version)" == *"Open MPI"* ]]; then
     options+=(--oversubscribe --bind-to none -x OMP_NUM_THREADS)
     if ((EUID == 0)); then options+=(--allow-run-as-root); fi
 fi
-# bad input is refused here, in one line, before any rank starts
+# a bad configuration or bad data are refused here, in one line, before any rank starts
 "$root/.venv/bin/python" -m pi_dist train --check "$nproc" --config "$config" "$@"
 exec "$mpirun" "${options[@]}" "$root/.venv/bin/python" -m pi_dist train --config "$config" "$@"

@@ -36,9 +36,11 @@ bash "$root/launch/install.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks="$nproc"
 if [[ "$nproc" == gpu ]]; then ranks="$("$root/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')"; fi
-# bad input is refused here, in one line, before any rank starts
+# a bad configuration or bad data are refused here, in one line, before any rank starts
 "$root/.venv/bin/python" -m pi_dist train --check $((ranks * ${NNODES:-1})) --config "$config" "$@"
-# a signal to the launcher reaches the ranks, which save at the next step boundary and have ten minutes for it
-signals=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600)
+# a signal to the launcher reaches the ranks, which save at the next step boundary; they have ten minutes for it
+# (30 seconds with torch 2.11, which does not know the variable)
+signals=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 exec "$root/.venv/bin/python" -m torch.distributed.run "${where[@]}" "${signals[@]}" --nproc-per-node "$nproc" \
     -m pi_dist train --config "$config" "$@"

@@ -52,7 +52,7 @@ def read_config(flags: list[str]) -> Config:
     """The configuration that `pi-dist train` makes of these flags.
 
     Raises:
-        ValueError: an unknown key or a value of another type.
+        argparse.ArgumentError: an unknown key or a value of another type.
     """
     return _config(_train_parser().parse_args(flags))
 
@@ -63,6 +63,8 @@ def run_directory(flags: list[str]) -> str:
 
 
 def _train(arguments: Namespace) -> int:
+    if arguments.record is not None and not os.path.isdir(os.path.dirname(arguments.record) or "."):
+        raise ConfigError(f"record: {os.path.dirname(arguments.record)} is not a directory")
     if arguments.check is not None:
         from pi_dist.data.shards import open_splits
 
@@ -71,8 +73,6 @@ def _train(arguments: Namespace) -> int:
         index, _ = open_splits(config.data)
         resolve(config, index.vocab_size)
         return 0
-    if arguments.record is not None and not os.path.isdir(os.path.dirname(arguments.record) or "."):
-        raise ConfigError(f"record: {os.path.dirname(arguments.record)} is not a directory")
     import torch.distributed as dist
 
     from pi_dist.training.trainer import train
@@ -80,11 +80,10 @@ def _train(arguments: Namespace) -> int:
     config, outcome = train(_config(arguments))
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
-        if arguments.record is not None:
+        if arguments.record is not None and outcome.losses:
             from pi_dist.measure.record import training_record, write
 
             write(training_record(config, dist.get_world_size(), outcome), arguments.record)
-    dist.barrier()
     return 0
 
 
@@ -203,7 +202,6 @@ def _eval(arguments: Namespace) -> int:
             f"the text's own unigram entropy is {result['unigram_entropy']:.4f}"
         )
         _print_or_write(result, arguments.json, words)
-    dist.barrier()
     return 0
 
 

@@ -269,6 +269,7 @@ def check(config: Config, world_size: int = 1) -> None:
         "parallel.sp_degree",
         f"training.context ({t.context}) % sp_degree ({p.sp_degree}) == 0",
     )
+    _require(world_size >= 1, "launch", f"ranks ({world_size}) >= 1")
     _require(
         world_size % p.sp_degree == 0,
         "parallel.sp_degree",

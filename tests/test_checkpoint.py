@@ -41,7 +41,7 @@ def make_engine(config):
 
 
 def state_of(config, step):
-    return {"step": step, "heldout_loss": None, "config": config.to_dict(), "data": "0" * 64, "samples": 0}
+    return {"step": step, "heldout_loss": None, "config": config.to_dict(), "data": "0" * 64}
 
 
 def save_steps(config, steps, keep, file_limit=None):

@@ -44,6 +44,7 @@ def changed(**parts):
         ),
         ({"parallel": {"sp_degree": 4}}, 2, "parallel.sp_degree", "world size (2) % sp_degree (4) == 0"),
         ({"parallel": {"timeout_s": 0.0}}, 1, "parallel.timeout_s", "timeout_s (0.0) > 0"),
+        ({}, 0, "launch", "ranks (0) >= 1"),
         ({}, 3, "training.batch_size", "batch_size (8) % (dp_degree (3) × micro_batch_size (1)) == 0"),
         ({"data": {"prefetch": 0}}, 1, "data.prefetch", "prefetch (0) >= 1"),
     ],

@@ -263,7 +263,7 @@ def test_options_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError):
             pi_attention(*inputs, PiPattern(1, 4), **options)
-    for arguments in ((-1, 4), (1, 0), (1, (4, 0)), (1, 4, True, True, -1), (1, ())):
+    for arguments in ((-1, 4), (1, 0), (1, (4, 0)), (1, 4, True, True, -1), (1, ()), (1, 4.0)):
         with pytest.raises(ValueError, match="does not hold"):
             PiPattern(*arguments)
     with pytest.raises(ValueError, match="num_heads"):

@@ -174,7 +174,7 @@ class _SliceReader(Dataset):
 
 def _start_worker(_: int) -> None:
     """A loader process leaves signals to its rank and ends with it: it holds copies of the rank's sockets."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pi_dist.config import Config, UserError
+from pi_dist.config import Config
 from pi_dist.measure.reach import report
 from pi_dist.model.flops import training_flops_per_token
 from pi_dist.training.trainer import Outcome
@@ -31,15 +31,10 @@ def device_name() -> str:
 def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
     """The record of one training run.
 
-    Times are medians over steps after the first few (which compile and allocate), memory is rank 0's peak.
-    ms and peaks in milliseconds and MiB, mfu a share of the data sheet's dense bf16 rate, null where that is
-    not known.
-
-    Raises:
-        UserError: too few steps to leave the first ones out.
+    Times (ms) are medians without the first steps (five, or half of a short run). Memory is rank 0's peak, in
+    MiB. mfu is a share of the data sheet's dense bf16 rate, null where that is not known. The run must have
+    made a step.
     """
-    if not outcome.step_seconds:
-        raise UserError("record: steps of this call (0) > 0 does not hold; the run was done already")
     t = config.training
     seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
     tokens = t.context * t.batch_size
@@ -103,6 +98,7 @@ def write(record: dict, path: str) -> None:
 
 COLUMNS = {
     "tokens": "context",
+    "world_size": "GPUs",
     "sp_degree": "sp",
     "zero_stage": "ZeRO",
     "ms": "ms a step",

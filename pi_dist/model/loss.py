@@ -51,9 +51,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal):
-        dhidden, dweight = (
-            ctx.saved_tensors
-        )  # dtotal stays fp32: rounded to bf16 it would scale every gradient
+        dhidden, dweight = ctx.saved_tensors
+        # dtotal stays fp32: rounded to bf16 it would scale every gradient
         return (
             None if dhidden is None else (dhidden.to(dtotal.dtype) * dtotal).to(dhidden.dtype),
             None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype),

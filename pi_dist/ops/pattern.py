@@ -53,7 +53,7 @@ class PiPattern:
             object.__setattr__(self, "strides", tuple(self.strides))
         distinct = self.strides if isinstance(self.strides, tuple) else (self.strides,)
         if not all(isinstance(size, int) for size in (self.window, self.num_skips, *distinct)):
-            raise ValueError(f"whole numbers in {self} does not hold")
+            raise ValueError(f"type(size) == int does not hold for every size in {self}")
         if self.window < 0:
             raise ValueError(f"window ({self.window}) >= 0 does not hold")
         if self.num_skips < 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from pi_dist.ops.pattern import PiPattern
+from pi_dist.ops.pattern import HeadGroup, PiPattern
 from pi_dist.ops.spec import AttentionSpec, KeyGroup, Run
 
 Pair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -157,22 +157,20 @@ def pi_attention(
     return _PiAttentionFunction.apply(q, k, v, gate, q_labels, k_labels, spec, backend_functions(backend))
 
 
-def split_groups(spec: AttentionSpec, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A [B, R, H_kv, D] tensor as one tensor per key group; the tensor itself where there is one group."""
-    if len(spec.groups) == 1:
+def split_heads(groups: tuple[HeadGroup, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A [B, R, H_kv, D] tensor as one tensor per head group; the tensor itself where there is one group."""
+    if len(groups) == 1:
         return [tensor]
-    return [tensor[:, :, list(group.heads.kv_heads)] for group in spec.groups]
+    return [tensor[:, :, list(group.kv_heads)] for group in groups]
 
 
-def merge_groups(spec: AttentionSpec, tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `split_groups`, cast to `dtype`."""
+def merge_heads(groups: tuple[HeadGroup, ...], tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The inverse of `split_heads`."""
     if len(tensors) == 1:
-        return tensors[0].to(dtype)
-    order = [head for group in spec.groups for head in group.heads.kv_heads]
-    merged = torch.empty(
-        (*tensors[0].shape[:2], len(order), tensors[0].shape[3]), dtype=dtype, device=tensors[0].device
-    )
-    merged[:, :, order] = torch.cat(tensors, dim=2).to(dtype)
+        return tensors[0]
+    order = [head for group in groups for head in group.kv_heads]
+    merged = tensors[0].new_empty((*tensors[0].shape[:2], len(order), tensors[0].shape[3]))
+    merged[:, :, order] = torch.cat(tensors, dim=2)
     return merged
 
 
@@ -180,7 +178,7 @@ class _PiAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gate, q_labels, k_labels, spec, functions):
         forward, ctx.backward_function = functions
-        keys, values = split_groups(spec, k), split_groups(spec, v)
+        keys, values = split_heads(spec.head_groups, k), split_heads(spec.head_groups, v)
         out, lse = forward(spec, q, keys, values, gate, q_labels, [k_labels] * len(keys))
         ctx.save_for_backward(q, k, v, gate, q_labels, k_labels, lse)
         ctx.spec = spec
@@ -190,11 +188,11 @@ class _PiAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, gate, q_labels, k_labels, lse = ctx.saved_tensors
-        spec = ctx.spec
-        keys, values = split_groups(spec, k), split_groups(spec, v)
+        spec, groups = ctx.spec, ctx.spec.head_groups
+        keys, values = split_heads(groups, k), split_heads(groups, v)
         dq, dkeys, dvalues, dgate = ctx.backward_function(
             spec, q, keys, values, gate, q_labels, [k_labels] * len(keys), lse, dout
         )
-        dk, dv = merge_groups(spec, dkeys, k.dtype), merge_groups(spec, dvalues, v.dtype)
+        dk, dv = merge_heads(groups, dkeys).to(k.dtype), merge_heads(groups, dvalues).to(v.dtype)
         dgate = None if dgate is None else dgate.to(gate.dtype)
         return dq.to(q.dtype), dk, dv, dgate, None, None, None, None

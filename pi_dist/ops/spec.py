@@ -45,3 +45,8 @@ class AttentionSpec:
     seed: int
     query_start: int
     row_start: int
+
+    @property
+    def head_groups(self) -> tuple[HeadGroup, ...]:
+        """The groups without their positions."""
+        return tuple(group.heads for group in self.groups)

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from pi_dist.ops.pi_attention import merge_heads, split_heads
 from pi_dist.ops.spec import Run
 from pi_dist.parallel.collectives import all_to_all, ring_exchange
-from pi_dist.parallel.exchange_plan import ExchangePlan, Message, count_rows
+from pi_dist.parallel.exchange_plan import ExchangePlan, Message
 
 
 def exchange_keys(
@@ -22,7 +23,7 @@ def exchange_keys(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Keys and values of each head group, [B, R_g, H_g, D] over its key runs, from shards [B, m, H_kv, D]."""
     batch, _, _, head_dim = k.shape
-    own = [(k[:, :, list(g.kv_heads)], v[:, :, list(g.kv_heads)]) for g in plan.groups]
+    own = list(zip(split_heads(plan.groups, k), split_heads(plan.groups, v), strict=True))
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
         for (keys, values), rows in zip(own, message.rows, strict=True):
@@ -72,11 +73,7 @@ def return_gradients(
             for run, block in zip(group_rows, blocks, strict=True):
                 for target, gradient in zip(own[index], block, strict=True):
                     target[:, run.start - plan.shard.start : run.stop - plan.shard.start] += gradient
-    num_kv_heads = sum(len(g.kv_heads) for g in plan.groups)
-    dk, dv = (dkeys[0].new_empty(batch, count_rows((plan.shard,)), num_kv_heads, head_dim) for _ in range(2))
-    for heads, (own_dk, own_dv) in zip(plan.groups, own, strict=True):
-        dk[:, :, list(heads.kv_heads)] = own_dk
-        dv[:, :, list(heads.kv_heads)] = own_dv
+    dk, dv = (merge_heads(plan.groups, list(tensors)) for tensors in zip(*own, strict=True))
     return dk, dv
 
 
@@ -89,12 +86,8 @@ def _travel(plan, pack, batch, head_dim, like, group, *, backward) -> list[tuple
     halo_sends, halo_receives = plan.halo_sends, plan.halo_receives
     skip_sends, skip_receives = plan.skip_sends, plan.skip_receives
     if backward:
-        halo_sends, halo_receives, skip_sends, skip_receives = (
-            halo_receives,
-            halo_sends,
-            skip_receives,
-            skip_sends,
-        )
+        halo_sends, halo_receives = halo_receives, halo_sends
+        skip_sends, skip_receives = skip_receives, skip_sends
 
     def flat(messages: tuple[Message, ...]) -> torch.Tensor:
         parts = [part.reshape(-1) for message in messages for part in pack(message)]

@@ -88,7 +88,8 @@ def save(engine: Engine, run_dir: str | Path, state: dict, tokenizer: Path, keep
     error = None
     if rank == 0:
         try:
-            shutil.rmtree(building, ignore_errors=True)
+            for left in directory(run_dir).glob(".step-*.building"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             building.mkdir(parents=True)
         except OSError as failure:
             error = f"{building}: {failure.strerror}"
@@ -172,13 +173,14 @@ def verify(path: str | Path) -> Checkpoint:
     for name, entry in files.items():
         try:
             size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{path / name}: bytes ({size}) == {entry['bytes']} does not hold; it is cut or grown"
+                )
+            digest = sha256_of(path / name)
         except OSError as failure:
             raise CheckpointError(f"{path / name}: {failure.strerror}") from failure
-        if size != entry["bytes"]:
-            raise CheckpointError(
-                f"{path / name}: bytes ({size}) == {entry['bytes']} does not hold; it is cut or grown"
-            )
-        if sha256_of(path / name) != entry["sha256"]:
+        if digest != entry["sha256"]:
             raise CheckpointError(
                 f"{path / name}: its SHA-256 is not the manifest's; it has changed since it was written"
             )

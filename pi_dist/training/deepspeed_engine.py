@@ -226,5 +226,5 @@ class Engine:
                 outer._reassign_or_swap_out_partitioned_parameters(index)
 
     def _is_plain(self) -> bool:
-        """ZeRO 0 in fp32: DeepSpeed uses the optimizer as it is."""
+        """ZeRO 0, whose parameters are fp32: DeepSpeed uses the optimizer as it is."""
         return isinstance(self.engine.optimizer, torch.optim.Optimizer)

@@ -55,14 +55,15 @@ class Outcome:
     stopped_by: str | None
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 class _StopRequest:
-    """Remembers that SIGTERM, SIGINT or SIGUSR1 asked this process to stop at the next step boundary."""
+    """Remembers that one of STOP_SIGNALS asked this process to stop at the next step boundary."""
 
     def __init__(self) -> None:
         self.number = 0
-        self._before = {
-            s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
 
     def _note(self, number: int, _frame: object) -> None:
         self.number = number
@@ -100,8 +101,9 @@ def train(config: Config) -> tuple[Config, Outcome]:
     config = resolve(config, index.vocab_size)
     device = start(config.parallel.device, config.parallel.timeout_s)
     check(config, dist.get_world_size())
+    data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
     versions = {name: version(name) for name in ("torch", "deepspeed")}
-    _check_agreement(checkpoints.flatten(config.to_dict()) | {"data": index.fingerprint} | versions)
+    _check_agreement(checkpoints.flatten(config.to_dict()) | data | versions)
     mesh = make_mesh(config.parallel.sp_degree, device)
     lock = _lock(config, mesh)
     found, refused = _find_checkpoint(config, mesh)
@@ -152,14 +154,15 @@ def _lock(config: Config, mesh: Mesh) -> TextIO | None:
     held, error = None, [None]
     if mesh.rank == 0:
         path = Path(config.run_dir) / ".lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = path.open("w")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = path.open("w")
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             error = [f"run_dir: another process is training in {config.run_dir}"]
-        except OSError:  # a file system without locks
-            pass
+        except OSError as failure:
+            if held is None:  # else a file system without locks
+                error = [f"run_dir: {path}: {failure.strerror}"]
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise ConfigError(error[0])
@@ -226,10 +229,10 @@ class _Run:
         step = first
         stopped_by = None
         saved = None if found is None else found.path
-        heldout = None
+        heldout, heldout_step = None, -1
         if found is not None and found.state["heldout_data"] == self._heldout_data():
-            heldout = found.state["heldout_loss"]
-        elif first == t.steps:  # the run is done, these held-out data are new
+            heldout, heldout_step = found.state["heldout_loss"], found.state["heldout_step"]
+        if first >= t.steps and heldout_step != first:  # done, but not measured at its end on these data
             heldout = self._heldout_loss(first)
         batches = self.loader.iterate(first)
         try:
@@ -245,14 +248,15 @@ class _Run:
                 step += 1
                 last = step == t.steps or stopped_by is not None
                 if step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0):
-                    heldout = self._heldout_loss(step)
+                    heldout, heldout_step = self._heldout_loss(step), step
                 if last or (t.save_every and step % t.save_every == 0):
-                    saved = self._save(step, heldout, last) or saved
-                if stopped_by is not None:
+                    saved = self._save(step, heldout, heldout_step, last) or saved
+                if last:
                     break
         finally:
             batches.close()
             stop.restore()
+        stopped_by = stopped_by if step < t.steps else None
         return Outcome(step, tuple(losses), tuple(seconds), self.num_parameters, heldout, saved, stopped_by)
 
     def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
@@ -296,11 +300,12 @@ class _Run:
             self.metrics.heldout(step, loss)
         return loss
 
-    def _save(self, step: int, heldout: float | None, last: bool) -> Path | None:
+    def _save(self, step: int, heldout: float | None, heldout_step: int, last: bool) -> Path | None:
         """Write a checkpoint; a failure is said and survived, unless it is the last."""
         state = {
             "step": step,
             "heldout_loss": heldout,
+            "heldout_step": heldout_step,
             "config": self.config.to_dict(),
             "data": self.index.fingerprint,
             "heldout_data": self._heldout_data(),
