@@ -35,12 +35,13 @@ echo
 echo "4/4 a sample, continued from \"Fellow citizens\":"
 "$python" -m pi_dist generate "$run_dir" --prompt "Fellow citizens" --max-new-tokens 80
 
+shown="$(printf %q "$run_dir")" # as a shell takes it
 cat <<NEXT
 
 Next, with .venv active (source .venv/bin/activate):
-  tensorboard --logdir $run_dir/tensorboard            the curves
-  pi-dist eval $run_dir --data data/sotu/heldout       the held-out loss again, from the checkpoint
-  pi-dist generate $run_dir --prompt "My fellow Americans"
+  tensorboard --logdir $shown/tensorboard            the curves
+  pi-dist eval $shown --data data/sotu/heldout       the held-out loss again, from the checkpoint
+  pi-dist generate $shown --prompt "My fellow Americans"
   pi-dist reach --layers 12 --window 4 --stride 16 --context 32768 --schedule doubling
   pi-dist prepare YOUR_TEXTS --output data/corpus --heldout-every 20      then, for example on 4 GPUs:
   bash launch/torchrun.sh 4 launch/configs/small.yaml --parallel.sp_degree=4
