@@ -18,11 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pi_dist.config import DataConfig
+from pi_dist.data.shards import ShardError, ShardIndex
+from pi_dist.model.loss import IGNORE
 
-from .shards import ShardError, ShardIndex
-
-IGNORED_LABEL = -100
-"""Label of a position that has no next token."""
 _OPEN_SEQUENCES = 32
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -143,7 +141,7 @@ class _SliceReader(Dataset):
         """Arrays of the given sequences; -1 is a row of padding."""
         shape = (len(sequences), self.end - self.begin)
         tokens = np.zeros(shape, dtype=np.int32)
-        labels = np.full(shape, IGNORED_LABEL, dtype=np.int32)
+        labels = np.full(shape, IGNORE, dtype=np.int32)
         segment_ids = np.full(shape, -1, dtype=np.int32)
         try:
             for row, sequence in enumerate(sequences):

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from .shards import ShardError, ShardIndex, ShardWriter, fsync, sha256_of
-from .sources import Document, InputFile, PrepareError, list_inputs, read_documents
-from .tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter, fsync, sha256_of
+from pi_dist.data.sources import Document, InputFile, PrepareError, list_inputs, read_documents
+from pi_dist.data.tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
 
 _HELDOUT_OFFSET = 5
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100
+IGNORE = -100  # label of a position that has no next token
 _TILE_ELEMENTS = 2**25  # logits held at a time
 
 

@@ -9,6 +9,7 @@ by name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -212,18 +213,18 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
 
     Works on any number of ranks and in any ZeRO stage.
     """
-    where: dict[str, Path] = {}
-    for name in checkpoint.files:
-        if name.endswith(".safetensors"):
-            with safe_open(checkpoint.path / name, "pt") as file:
-                where |= dict.fromkeys(file.keys(), checkpoint.path / name)
+    with contextlib.ExitStack() as opened:
+        holder = {}  # of each tensor, by its stored name: the open file
+        for name in checkpoint.files:
+            if name.endswith(".safetensors"):
+                file = opened.enter_context(safe_open(checkpoint.path / name, "pt"))
+                holder |= dict.fromkeys(file.keys(), file)
 
-    def read(name: str, key: str) -> torch.Tensor:
-        stored = name if key == "weight" else f"{name}.{key}"
-        with safe_open(where[stored], "pt") as file:
-            return file.get_tensor(stored)
+        def read(name: str, key: str) -> torch.Tensor:
+            stored = name if key == "weight" else f"{name}.{key}"
+            return holder[stored].get_tensor(stored)
 
-    engine.load_state(read, checkpoint.step)
+        engine.load_state(read, checkpoint.step)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

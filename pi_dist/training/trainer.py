@@ -73,6 +73,11 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
+def _versions() -> dict[str, str]:
+    """What the arithmetic of a run depends on beside its configuration."""
+    return {name: version(name) for name in ("torch", "deepspeed")}
+
+
 def _check_agreement(facts: dict) -> None:
     """Raise ConfigError on every rank unless all ranks state the same facts."""
     gathered: list = [None] * dist.get_world_size()
@@ -102,8 +107,7 @@ def train(config: Config) -> tuple[Config, Outcome]:
     device = start(config.parallel.device, config.parallel.timeout_s)
     check(config, dist.get_world_size())
     data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
-    versions = {name: version(name) for name in ("torch", "deepspeed")}
-    _check_agreement(checkpoints.flatten(config.to_dict()) | data | versions)
+    _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions())
     mesh = make_mesh(config.parallel.sp_degree, device)
     lock = _lock(config, mesh)
     found, refused = _find_checkpoint(config, mesh)
@@ -236,7 +240,7 @@ class _Run:
             heldout = self._heldout_loss(first)
         batches = self.loader.iterate(first)
         try:
-            while step < t.steps:
+            while step < t.steps and stopped_by is None:
                 began = time.perf_counter()
                 done = self._step(step, next(batches), stop)
                 seconds.append(time.perf_counter() - began)
@@ -251,8 +255,6 @@ class _Run:
                     heldout, heldout_step = self._heldout_loss(step), step
                 if last or (t.save_every and step % t.save_every == 0):
                     saved = self._save(step, heldout, heldout_step, last) or saved
-                if last:
-                    break
         finally:
             batches.close()
             stop.restore()
@@ -310,7 +312,7 @@ class _Run:
             "data": self.index.fingerprint,
             "heldout_data": self._heldout_data(),
             "end_of_text": self.index.end_of_text,
-            "versions": {name: version(name) for name in ("torch", "deepspeed")},
+            "versions": _versions(),
         }
         keep = self.config.training.keep_checkpoints
         try:
