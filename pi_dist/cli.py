@@ -316,6 +316,49 @@ def _doctor(arguments: Namespace) -> int:
     return 0 if diagnosis.ok else 1
 
 
+def _bench_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Measure on this GPU. kernel: the operator beside its floor and other kernels. "
+        "blocks: tile sizes of the kernels, written to the table that they are read from.",
+        exit_on_error=False,
+    )
+    parser.add_argument("what", type=Literal["kernel", "blocks"], help="what to measure")
+    parser.add_argument(
+        "--json",
+        type=str | None,
+        default=None,
+        help="the record to make, or to go on with; blocks: another table",
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=64, help="blocks: the head_dim to choose tile sizes for"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="kernel: stop after so long; run again to go on"
+    )
+    parser.add_argument(
+        "--plot", type=str | None, default=None, help="kernel: draw the record there (.svg, .png)"
+    )
+    return parser
+
+
+def _bench(arguments: Namespace) -> int:
+    if arguments.what == "blocks":
+        from pi_dist.measure.kernel_tuning import tune
+
+        tune(arguments.head_dim, arguments.json)
+        return 0
+    if arguments.json is None:
+        raise ConfigError("bench kernel: --json FILE is needed; the record is written there case by case")
+    from pi_dist.measure.kernel_bench import bench
+
+    complete = bench(arguments.json, arguments.minutes)
+    if arguments.plot is not None:
+        from pi_dist.measure.figures import draw_kernels
+
+        draw_kernels(arguments.json, arguments.plot)
+    return 0 if complete else 3
+
+
 def _print_or_write(result: dict, path: str | None, words: str) -> None:
     """Words to a person, or JSON to a file or (path "-") standard output."""
     if path is None:
@@ -334,6 +377,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], in
     "eval": (_eval_parser, _eval, "loss of a checkpoint on prepared data"),
     "generate": (_generate_parser, _generate, "continue a text with a trained model"),
     "reach": (_reach_parser, _reach, "how far back a configuration can see"),
+    "bench": (_bench_parser, _bench, "time the kernels beside their floor; choose their tile sizes"),
     "doctor": (_doctor_parser, _doctor, "what this machine has, and what is missing"),
 }
 

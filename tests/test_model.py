@@ -116,9 +116,89 @@ def test_gate_keeps_small_complements_in_bf16():
     with torch.no_grad():
         gate.down.weight.zero_()
         gate.down.bias.fill_(9.0)
-    alpha = gate(torch.randn(1, 3, 16, dtype=torch.bfloat16))
+    alpha = gate(torch.randn(1, 3, 8, dtype=torch.bfloat16))
     assert alpha.dtype == torch.float32
     assert (1 - alpha).allclose(torch.tensor(1.234e-4), rtol=1e-2)
+
+
+def handed_gate(monkeypatch, layer, x, table):
+    """(α that `layer` hands to the operator, its output) for the hidden state x."""
+    handed = []
+    original = attention.sequence_parallel_pi_attention
+
+    def noting(q, k, v, gate, *args, **options):
+        handed.append(gate)
+        return original(q, k, v, gate, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "sequence_parallel_pi_attention", noting)
+        out = layer(x, table, SequenceContext())
+    return handed[0], out
+
+
+@pytest.mark.parametrize("gate_input", ["hidden", "query"])
+def test_projection_and_gate_are_the_formula(gate_input, monkeypatch):
+    """α and the layer against Wq, Wk, Wv, W1, b1, W2 and b2 written out: values and every gradient, fp64."""
+    config = dataclasses.replace(TINY, gate_input=gate_input)
+    layer = attention.PiAttention(config, 0, layer_patterns(config, 32)[0]).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    x = torch.randn(2, 12, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    table = rotary_table(0, 12, 4, 10000.0, torch.device("cpu"))
+    alpha, out = handed_gate(monkeypatch, layer, x, table)
+    assert alpha.dtype == torch.float64
+
+    gate, rows = layer.gate, layer.projection.weight
+    assert rows.shape == (16 + 8 + 8 + (8 if gate_input == "hidden" else 0), 16)
+    w1 = rows[32:] if gate_input == "hidden" else gate.up.weight
+    q, k, v = x @ rows[:16].T, x @ rows[16:24].T, x @ rows[24:32].T
+    u = x if gate_input == "hidden" else q
+    hidden = F.gelu(u @ w1.T + gate.up_bias)
+    expected_alpha = 1 / (1 + torch.exp(-(hidden @ gate.down.weight.T + gate.down.bias)))
+    q, k, v = (part.reshape(2, 12, -1, 4) for part in (q, k, v))
+    attended = attention.sequence_parallel_pi_attention(
+        rotate(q, table), rotate(k, table), v, expected_alpha, layer.pattern, None
+    )
+    torch.testing.assert_close(alpha, expected_alpha)
+    expected = attended.reshape(2, 12, 16) @ layer.out.weight.T
+    torch.testing.assert_close(out, expected)
+
+    wanted = [x, *layer.parameters()]
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad(out, wanted, direction),
+        torch.autograd.grad(expected, wanted, direction),
+        strict=True,
+    ):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("gate_input", ["hidden", "query"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tokens_of_a_head_lie_side_by_side_in_the_gate(gate_input, autocast, monkeypatch):
+    """α [B, T, H] is a view of a contiguous [B, H, T], and fp32, also where the projection is bf16."""
+    config = dataclasses.replace(TINY, gate_input=gate_input)
+    layer = attention.PiAttention(config, 0, layer_patterns(config, 32)[0])
+    table = rotary_table(0, 12, 4, 10000.0, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        alpha, out = handed_gate(monkeypatch, layer, torch.randn(2, 12, 16), table)
+    assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert alpha.shape == (2, 12, 4) and alpha.dtype == torch.float32
+    assert alpha.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("gate_input", ["hidden", "query"])
+def test_gate_starts_as_any_other_matrix(gate_input):
+    """W1 and W2 are drawn from N(0, 0.02), b1 and b2 are 0: α is about one half."""
+    config = dataclasses.replace(TINY, hidden_size=128, gate_input=gate_input)
+    layer = PiTransformer(config, 32).blocks[0].attention
+    w1 = layer.projection.weight[-64:] if gate_input == "hidden" else layer.gate.up.weight
+    assert w1.shape == (64, 128) and w1.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.gate.down.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not layer.gate.up_bias.any() and not layer.gate.down.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +251,10 @@ def test_recomputation_gives_the_same_gradients():
 
 
 def test_presets_have_the_stated_size():
-    """About 124M, 353M and 693M with a vocabulary of 50k, gate on top (the paper: 125M, 750M and 1.5B)."""
+    """About 124M, 353M and 693M with a vocabulary of 50k, gate on top (the paper: 125M, 750M and 1.5B).
+
+    The gate has the same size whatever it reads.
+    """
     for layers, width, heads, plain in (
         (12, 768, 12, 123.6e6),
         (24, 1024, 16, 353.6e6),
@@ -179,10 +262,13 @@ def test_presets_have_the_stated_size():
     ):
         config = ModelConfig(num_layers=layers, hidden_size=width, num_heads=heads, vocab_size=50304)
         with torch.device("meta"):
-            model = PiTransformer(dataclasses.replace(config, gate="none"), 4096)
-            gate = sum(p.numel() for p in Gate(config).parameters())
-        assert model.num_parameters() == pytest.approx(plain, rel=2e-3)
-        assert gate == width * width // 2 + width // 2 + width // 2 * heads + heads
+            none, hidden, query = (
+                PiTransformer(dataclasses.replace(config, **changes), 4096).num_parameters()
+                for changes in ({"gate": "none"}, {}, {"gate_input": "query"})
+            )
+        assert none == pytest.approx(plain, rel=2e-3)
+        gate = width * width // 2 + width // 2 + width // 2 * heads + heads
+        assert hidden == query == none + layers * gate
 
 
 @pytest.mark.parametrize("changes", [{}, {"schedule": "per_head", "num_skips": 3}, {"causal": False}])
@@ -197,11 +283,15 @@ def test_mean_pairs_counts_the_masks(changes):
     assert mean_pairs(config, 40) == pytest.approx(total / 40 / config.num_layers)
 
 
-def test_flops_are_those_of_the_matrices_and_the_pairs():
+@pytest.mark.parametrize(
+    "changes", [{}, {"gate_input": "query"}, {"gate": "static"}, {"gate": "none"}, {"num_skips": 0}]
+)
+def test_flops_are_those_of_the_matrices_and_the_pairs(changes):
     """An independent count: each nn.Linear by its shape (2 FLOP a multiply-add, 3 passes), head and pairs."""
-    model = PiTransformer(TINY, 4096)
+    config = dataclasses.replace(TINY, **changes)
+    model = PiTransformer(config, 4096)
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     head = TINY.vocab_size * TINY.hidden_size
-    pairs = mean_pairs(TINY, 4096) * TINY.num_layers * TINY.num_heads
+    pairs = mean_pairs(config, 4096) * TINY.num_layers * TINY.num_heads
     expected = 6 * (linears + head) + 12 * pairs * TINY.head_dim
-    assert training_flops_per_token(TINY, 4096) == pytest.approx(expected)
+    assert training_flops_per_token(config, 4096) == pytest.approx(expected)

@@ -13,6 +13,7 @@ from pi_dist.config import ModelConfig
 from pi_dist.model.rotary import rotate
 from pi_dist.ops.dropout import derive_seed
 from pi_dist.ops.pattern import PiPattern
+from pi_dist.ops.spec import accumulate_dtype
 from pi_dist.parallel.pi_attention import sequence_parallel_pi_attention
 
 
@@ -40,50 +41,62 @@ class SequenceContext:
 
 
 class Gate(nn.Module):
-    """α of eq. (4), one value per token and head, fp32.
+    """α of eq. (4), one value per token and head, in fp32 or better.
 
     dynamic: `sigmoid(W2·gelu(W1·u + b1) + b2)` with hidden width d/2; static: one learned value per head.
+    Where u is the query, W1 is `up`; where it is the hidden state, W1 is the last `projected` = d/2 rows of
+    the layer's projection.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        d, width = config.hidden_size, config.hidden_size // 2
         self.static = config.gate == "static"
+        self.projected = width if config.gate == "dynamic" and config.gate_input == "hidden" else 0
         if self.static:
             self.logit = nn.Parameter(torch.zeros(config.num_heads))
         else:
-            self.up = nn.Linear(config.hidden_size, config.hidden_size // 2)
-            self.down = nn.Linear(config.hidden_size // 2, config.num_heads)
+            self.up = None if self.projected else nn.Linear(d, width, bias=False)
+            self.up_bias = nn.Parameter(torch.zeros(width))
+            self.down = nn.Linear(width, config.num_heads)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """[B, T, d] to α [B, T, H]. The pre-activation stays fp32: bf16 would round α to 1 from 7 on."""
+        """u [B, T, d], or W1·u [B, T, d/2] if `projected`, to α [B, T, H]: a view of [B, H, T] if dynamic.
+
+        The pre-activation of the sigmoid stays fp32: bf16 would round α to 1 from 7 on.
+        """
         if self.static:
             return torch.sigmoid(self.logit.float()).expand(*u.shape[:2], -1)
-        hidden = F.gelu(self.up(u)).float()
+        raised = u if self.up is None else self.up(u)
+        hidden = F.gelu(raised + self.up_bias.to(raised.dtype))
+        dtype = accumulate_dtype(hidden.dtype)
         with torch.autocast(u.device.type, enabled=False):
-            return torch.sigmoid(F.linear(hidden, self.down.weight.float(), self.down.bias.float()))
+            logit = F.linear(hidden.to(dtype), self.down.weight.to(dtype), self.down.bias.to(dtype))
+            # the attention kernels read one head at a time: its tokens side by side
+            return torch.sigmoid(logit.transpose(1, 2).contiguous()).transpose(1, 2)
 
 
 class PiAttention(nn.Module):
-    """π-attention with rotary positions; q, k and v come from one projection."""
+    """π-attention with rotary positions; q, k, v and what the gate has `projected` come from one matrix."""
 
     def __init__(self, config: ModelConfig, layer: int, pattern: PiPattern) -> None:
         super().__init__()
         self.config, self.layer, self.pattern = config, layer, pattern
-        kv_size = config.kv_heads * config.head_dim
-        self.sizes = [config.hidden_size, kv_size, kv_size]
-        self.qkv = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         # with the window or the skips off there is nothing to weigh, and no prior is added
         gated = config.gate != "none" and config.ring and config.skip and config.num_skips > 0
         self.gate = Gate(config) if gated else None
+        kv_size = config.kv_heads * config.head_dim
+        self.sizes = [config.hidden_size, kv_size, kv_size, self.gate.projected if gated else 0]
+        self.projection = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], context: SequenceContext
     ) -> torch.Tensor:
         """[B, m, d] to [B, m, d]; `table` as from `rotary_table` for this shard's positions."""
         config = self.config
-        query, key, value = self.qkv(x).split(self.sizes, dim=-1)
-        gate = None if self.gate is None else self.gate(query if config.gate_input == "query" else x)
+        query, key, value, raised = self.projection(x).split(self.sizes, dim=-1)
+        gate = None if self.gate is None else self.gate(raised if self.gate.projected else query)
         q, k, v = (
             part.unflatten(-1, (-1, config.head_dim)) for part in (query, key, value)
         )  # [B, m, heads, D]

@@ -5,27 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from pi_dist.ops.pattern import HeadGroup, PiPattern
-from pi_dist.ops.spec import AttentionSpec, KeyGroup, Run
+from pi_dist.ops.pattern import PiPattern
+from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run, accumulate_dtype
 
 Pair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-def backend_functions(backend: str) -> tuple[Any, Any]:
-    """(forward, backward) of a backend; "auto" is the fastest that there is for the tensors' device.
+def _resolve(backend: str, q: torch.Tensor) -> str:
+    """The backend that "auto" stands for."""
+    if backend != "auto":
+        return backend
+    return "triton" if q.is_cuda and q.dtype != torch.float64 else "reference"
+
+
+def backend_functions(backend: str, q: torch.Tensor) -> tuple[Any, Any]:
+    """(forward, backward) of a backend for queries like `q`.
+
+    Args:
+        backend: "triton" (fused kernels), "reference" (shifted slices in plain PyTorch, any device and
+        dtype),
+            or "auto": triton for bf16, fp16 and fp32 on a GPU, else reference.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: no such backend, or it cannot be used here; says why.
     """
-    match backend:
-        case "auto" | "reference":
-            from pi_dist.ops.reference import pi_attention_bwd, pi_attention_fwd
+    match _resolve(backend, q):
+        case "triton":
+            from pi_dist.ops.triton_backend import check_usable, pi_attention_bwd, pi_attention_fwd
 
-            return pi_attention_fwd, pi_attention_bwd
+            check_usable(q)
+        case "reference":
+            from pi_dist.ops.reference import pi_attention_bwd, pi_attention_fwd
         case _:
-            raise ValueError(f"backend ({backend!r}) in ('auto', 'reference') does not hold")
+            raise ValueError(f"backend ({backend!r}) in ('auto', 'triton', 'reference') does not hold")
+    return pi_attention_fwd, pi_attention_bwd
 
 
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor | None) -> None:
@@ -126,7 +140,7 @@ def pi_attention(
         seed: derived from run seed, step, micro-step and layer; needed if dropout_p > 0.
         query_start, key_start: global positions of the first query and key; row_start: global number of
             batch row 0.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" or "reference", see `backend_functions`.
 
     Returns:
         [B, Tq, H, D] in q's dtype.
@@ -143,56 +157,115 @@ def pi_attention(
         token_labels(segments and segments[side], None if padding is None else padding[side])
         for side in (0, 1)
     )
-    run = Run(key_start, key_start + k.shape[1])
-    spec = AttentionSpec(
-        pattern=pattern,
-        groups=tuple(KeyGroup(heads, (run,)) for heads in pattern.head_groups(q.shape[2], k.shape[2])),
-        softmax_scale=q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
+    backend_functions(backend, q)  # refuses what cannot be used, before any work
+    out, _ = torch.ops.pi_dist.pi_attention_fwd(
+        q,
+        k,
+        v,
+        gate,
+        q_labels,
+        k_labels,
+        pattern.window,
+        list(pattern.head_strides(q.shape[2])),
+        pattern.causal,
+        pattern.include_self,
+        pattern.num_skips,
+        q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
+        logit_cap,
+        dropout_p,
+        seed or 0,
+        query_start,
+        key_start,
+        row_start,
+        backend,
+    )
+    return out
+
+
+def _spec(
+    q, k, window, strides, causal, include_self, num_skips, softmax_scale, logit_cap, dropout_p, seed,
+    query_start, key_start, row_start,
+) -> AttentionSpec:  # fmt: skip
+    """The call as the backends want it, from the arguments that a registered operator can have."""
+    return AttentionSpec(
+        pattern=PiPattern(window, _one_or_all(tuple(strides)), causal, include_self, num_skips),
+        num_kv_heads=k.shape[2],
+        blocks=(KeyBlock(tuple(range(k.shape[2])), Run(key_start, key_start + k.shape[1])),),
+        softmax_scale=softmax_scale,
         logit_cap=logit_cap,
         dropout_p=dropout_p,
-        seed=seed or 0,
+        seed=seed,
         query_start=query_start,
         row_start=row_start,
     )
-    return _PiAttentionFunction.apply(q, k, v, gate, q_labels, k_labels, spec, backend_functions(backend))
 
 
-def split_heads(groups: tuple[HeadGroup, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A [B, R, H_kv, D] tensor as one tensor per head group; the tensor itself where there is one group."""
-    if len(groups) == 1:
-        return [tensor]
-    return [tensor[:, :, list(group.kv_heads)] for group in groups]
+def _one_or_all(strides: tuple[int, ...]) -> int | tuple[int, ...]:
+    return strides[0] if len(set(strides)) == 1 else strides
 
 
-def merge_heads(groups: tuple[HeadGroup, ...], tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The inverse of `split_heads`."""
-    if len(tensors) == 1:
-        return tensors[0]
-    order = [head for group in groups for head in group.kv_heads]
-    merged = tensors[0].new_empty((*tensors[0].shape[:2], len(order), tensors[0].shape[3]))
-    merged[:, :, order] = torch.cat(tensors, dim=2)
-    return merged
+# One registered operator for all backends: torch.compile and activation checkpointing see it as one node.
+_OPTIONS = (
+    "int window, int[] strides, bool causal, bool include_self, int num_skips, float softmax_scale, "
+    "float? logit_cap, float dropout_p, SymInt seed, SymInt query_start, SymInt key_start, SymInt row_start, "
+    "str backend"
+)
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? q_labels, Tensor? k_labels"
+_library = torch.library.Library("pi_dist", "DEF")
+_RESULTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
+for _schema in (
+    f"pi_attention_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"pi_attention_bwd({_TENSORS}, Tensor out, Tensor lse, Tensor dout, {_OPTIONS}) -> {_RESULTS}",
+):
+    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-class _PiAttentionFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, gate, q_labels, k_labels, spec, functions):
-        forward, ctx.backward_function = functions
-        keys, values = split_heads(spec.head_groups, k), split_heads(spec.head_groups, v)
-        out, lse = forward(spec, q, keys, values, gate, q_labels, [k_labels] * len(keys))
-        ctx.save_for_backward(q, k, v, gate, q_labels, k_labels, lse)
-        ctx.spec = spec
-        return out
+def _forward(q, k, v, gate, q_labels, k_labels, *options):
+    *numbers, backend = options
+    forward, _ = backend_functions(backend, q)
+    return forward(_spec(q, k, *numbers), q, [k], [v], gate, q_labels, [k_labels])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        q, k, v, gate, q_labels, k_labels, lse = ctx.saved_tensors
-        spec, groups = ctx.spec, ctx.spec.head_groups
-        keys, values = split_heads(groups, k), split_heads(groups, v)
-        dq, dkeys, dvalues, dgate = ctx.backward_function(
-            spec, q, keys, values, gate, q_labels, [k_labels] * len(keys), lse, dout
-        )
-        dk, dv = merge_heads(groups, dkeys).to(k.dtype), merge_heads(groups, dvalues).to(v.dtype)
-        dgate = None if dgate is None else dgate.to(gate.dtype)
-        return dq.to(q.dtype), dk, dv, dgate, None, None, None, None
+
+def _backward(q, k, v, gate, q_labels, k_labels, out, lse, dout, *options):
+    *numbers, backend = options
+    _, backward = backend_functions(backend, q)
+    spec = _spec(q, k, *numbers)
+    dq, (dk,), (dv,), dgate = backward(spec, q, [k], [v], gate, q_labels, [k_labels], out, lse, dout)
+    dgate = lse.new_empty(0) if gate is None else dgate.to(gate.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgate
+
+
+def _forward_fake(q, k, v, gate, q_labels, k_labels, *options):
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype)).transpose(1, 2)
+    if _resolve(options[-1], q) != "triton":
+        lse = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _backward_fake(q, k, v, gate, q_labels, k_labels, out, lse, dout, *options):
+    dense = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if gate is None:
+        return *dense, lse.new_empty(0)
+    layout = torch.preserve_format if _resolve(options[-1], q) == "triton" else torch.contiguous_format
+    return *dense, torch.empty_like(gate, memory_format=layout)
+
+
+def _save(ctx, inputs, output):
+    tensors, ctx.options = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, dout, _):
+    dq, dk, dv, dgate = torch.ops.pi_dist.pi_attention_bwd(*ctx.saved_tensors, dout, *ctx.options)
+    dgate = None if ctx.saved_tensors[3] is None else dgate
+    return dq, dk, dv, dgate, *[None] * (2 + len(ctx.options))
+
+
+for _name, _function, _fake in (
+    ("pi_attention_fwd", _forward, _forward_fake),
+    ("pi_attention_bwd", _backward, _backward_fake),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pi_dist::{_name}", _fake, lib=_library)
+torch.library.register_autograd("pi_dist::pi_attention_fwd", _gradients, setup_context=_save, lib=_library)

@@ -13,56 +13,65 @@ from typing import NamedTuple
 import torch
 
 from pi_dist.ops.dropout import keep_bits, position_hash
-from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyGroup
+from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, accumulate_dtype
 
 
 class _Piece(NamedTuple):
-    """Queries [start, stop) whose neighbours at one offset are key rows [key, key + stop - start)."""
+    """Queries [start, stop) whose neighbours at one offset are rows [key, key + stop - start) of a block."""
 
     start: int
     stop: int
+    block: int
     key: int
 
 
 class _Unit(NamedTuple):
-    """Query heads with one stride in one key group: `kv` and `slots` index [H_kv, G], `heads` are [h, g]."""
+    """Query heads with one stride: `kv` and `slots` index [H_kv, G], `heads` are [h, g].
 
-    group: int
+    `columns` are the unit's key/value heads in the tensor of each block, None where it holds none of them.
+    """
+
     kv: torch.Tensor | slice
     slots: torch.Tensor | slice
+    columns: tuple[torch.Tensor | slice | None, ...]
     heads: torch.Tensor
     stride: int
 
 
-def _units(spec: AttentionSpec, num_heads: int, num_kv_heads: int, device: torch.device) -> Iterator[_Unit]:
+def _units(spec: AttentionSpec, num_heads: int, device: torch.device) -> Iterator[_Unit]:
     """The largest blocks of heads that one loop over offsets serves; one stride gives one unit, of views."""
+    num_kv_heads = spec.num_kv_heads
     share = num_heads // num_kv_heads
-    for index, group in enumerate(spec.groups):
-        kv = torch.tensor(group.heads.kv_heads, device=device)
-        for stride in dict.fromkeys(group.heads.strides):
-            slots = torch.tensor(
-                [s for s, value in enumerate(group.heads.strides) if value == stride], device=device
-            )
+
+    def index(wanted: tuple[int, ...], among: tuple[int, ...]) -> torch.Tensor | slice | None:
+        if wanted == among:
+            return slice(None)
+        if not set(wanted) <= set(among):
+            return None
+        return torch.tensor([among.index(head) for head in wanted], device=device)
+
+    for group in spec.pattern.head_groups(num_heads, num_kv_heads):
+        kv = torch.tensor(group.kv_heads, device=device)
+        for stride in dict.fromkeys(group.strides):
+            slots = tuple(s for s, value in enumerate(group.strides) if value == stride)
             yield _Unit(
-                index,
-                slice(None) if len(kv) == num_kv_heads else kv,
-                slice(None) if len(slots) == share else slots,
-                kv[:, None] * share + slots[None, :],
+                index(group.kv_heads, tuple(range(num_kv_heads))),
+                index(slots, tuple(range(share))),
+                tuple(index(group.kv_heads, block.heads) for block in spec.blocks),
+                kv[:, None] * share + torch.tensor(slots, device=device)[None, :],
                 stride,
             )
 
 
-def _pieces(group: KeyGroup, query_start: int, q_len: int, offset: int) -> list[_Piece]:
+def _pieces(spec: AttentionSpec, unit: _Unit, q_len: int, offset: int) -> list[_Piece]:
     """Where the neighbour at `offset` of every query lies; queries without one appear in no piece."""
-    pieces, row = [], 0
-    for run in group.runs:
-        low = max(run.start, query_start - offset)
-        high = min(run.stop, query_start + q_len - offset)
-        if low < high:
-            pieces.append(
-                _Piece(low + offset - query_start, high + offset - query_start, row + low - run.start)
-            )
-        row += run.stop - run.start
+    pieces = []
+    for index, block in enumerate(spec.blocks):
+        low = max(block.run.start, spec.query_start - offset)
+        high = min(block.run.stop, spec.query_start + q_len - offset)
+        if low < high and unit.columns[index] is not None:
+            shift = offset - spec.query_start
+            pieces.append(_Piece(low + shift, high + shift, index, low - block.run.start))
     return pieces
 
 
@@ -74,8 +83,10 @@ class _Scores(NamedTuple):
     num_ring: int  # offsets [0, num_ring) are the ring's
 
 
-def _scores(spec, unit, q, k, gate, q_labels, k_labels) -> _Scores:
-    """Logits of one unit: q [B, T, h, g, D], k [B, R, h, D], gate [B, T, h, g], labels [B, T] and [B, R]."""
+def _scores(spec, unit, q, keys, gate, q_labels, k_labels) -> _Scores:
+    """Logits of one unit: q [B, T, h, g, D], gate [B, T, h, g], labels [B, T]; of each block k [B, R, h, D]
+    and labels [B, R].
+    """
     ring = spec.pattern.ring_offsets()
     offsets = (*ring, *spec.pattern.skip_offsets(unit.stride))
     batch, q_len = q.shape[:2]
@@ -95,26 +106,24 @@ def _scores(spec, unit, q, k, gate, q_labels, k_labels) -> _Scores:
         log_ring, log_skip = alpha.log(), (1 - alpha).log()
     pieces = []
     for index, offset in enumerate(offsets):
-        pieces.append(_pieces(spec.groups[unit.group], spec.query_start, q_len, offset))
-        for start, stop, key in pieces[-1]:
+        pieces.append(_pieces(spec, unit, q_len, offset))
+        for start, stop, block, key in pieces[-1]:
             rows = slice(key, key + stop - start)
-            scores = (q[:, start:stop] * k[:, rows, :, None]).sum(-1) * spec.softmax_scale  # [B, t, h, g]
+            scores = (q[:, start:stop] * keys[block][:, rows, :, None]).sum(
+                -1
+            ) * spec.softmax_scale  # [B, t, h, g]
             if gate is not None:
                 scores = scores + (log_ring if index < len(ring) else log_skip)[:, start:stop]
             if spec.logit_cap is not None:
                 unclamped[:, start:stop, ..., index] = scores.abs() <= spec.logit_cap
                 scores = scores.clamp(-spec.logit_cap, spec.logit_cap)
             if q_labels is not None:
-                same = (q_labels[:, start:stop] == k_labels[:, rows]) & (q_labels[:, start:stop] >= 0)
+                same = (q_labels[:, start:stop] == k_labels[block][:, rows]) & (q_labels[:, start:stop] >= 0)
                 scores = scores.masked_fill(~same[:, :, None, None], float("-inf"))
             logits[:, start:stop, ..., index] = scores
             if keep is not None:
                 keep[:, start:stop, ..., index] = keep_bits(hashed[:, start:stop], offset, spec.dropout_p)
     return _Scores(logits, unclamped, keep, pieces, len(ring))
-
-
-def _accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _select(
@@ -125,6 +134,14 @@ def _select(
         return None
     split = tensor.unflatten(2, (num_kv_heads, -1))
     return split[:, :, unit.kv][:, :, :, unit.slots].to(dtype)
+
+
+def _of_blocks(tensors: list[torch.Tensor], unit: _Unit, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """The unit's heads of the keys or values of each block, [B, R, h, D] in the accumulation dtype."""
+    return [
+        None if columns is None else tensor[:, :, columns].to(dtype)
+        for tensor, columns in zip(tensors, unit.columns, strict=True)
+    ]
 
 
 def _store(target: torch.Tensor, unit: _Unit, num_kv_heads: int, value: torch.Tensor) -> None:
@@ -153,27 +170,27 @@ def pi_attention_fwd(
 
     Args:
         q: [B, T, H, D].
-        keys, values: one [B, R_g, H_g, D] per `spec.groups`, its rows those of the group's runs in order.
+        keys, values: one [B, R, heads, D] per `spec.blocks`.
         gate: [B, T, H] or None.
         q_labels: [B, T] document of each query, negative for padding; None: one document, no padding.
-        k_labels: one [B, R_g] per group.
+        k_labels: one [B, R] per block.
     """
-    dtype, num_heads = _accumulate_dtype(q), q.shape[2]
-    num_kv_heads = sum(len(group.heads.kv_heads) for group in spec.groups)
+    dtype, num_heads = accumulate_dtype(q.dtype), q.shape[2]
+    num_kv_heads = spec.num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    for unit in _units(spec, num_heads, num_kv_heads, q.device):
-        k, v = keys[unit.group].to(dtype), values[unit.group].to(dtype)
+    for unit in _units(spec, num_heads, q.device):
+        k, v = _of_blocks(keys, unit, dtype), _of_blocks(values, unit, dtype)
         unit_q = _select(q, unit, num_kv_heads, dtype)
         unit_gate = _select(gate, unit, num_kv_heads, dtype)
-        scores = _scores(spec, unit, unit_q, k, unit_gate, q_labels, k_labels[unit.group])
+        scores = _scores(spec, unit, unit_q, k, unit_gate, q_labels, k_labels)
         unit_lse = torch.logsumexp(scores.logits, dim=-1)  # [B, T, h, g]
         weights = _drop(scores, _softmax(scores, unit_lse), spec.dropout_p)
         unit_out = torch.zeros_like(unit_q)
         for index, pieces in enumerate(scores.pieces):
-            for start, stop, key in pieces:
+            for start, stop, block, key in pieces:
                 unit_out[:, start:stop] += (
-                    weights[:, start:stop, ..., index, None] * v[:, key : key + stop - start, :, None]
+                    weights[:, start:stop, ..., index, None] * v[block][:, key : key + stop - start, :, None]
                 )
         _store(out, unit, num_kv_heads, unit_out)
         _store(lse, unit, num_kv_heads, unit_lse)
@@ -200,34 +217,38 @@ def pi_attention_bwd(
     gate: torch.Tensor | None,
     q_labels: torch.Tensor | None,
     k_labels: list[torch.Tensor | None],
+    out: torch.Tensor,
     lse: torch.Tensor,
     dout: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
     """Backward: (dq, dkeys, dvalues, dgate) in the accumulation dtype, shaped as q, keys, values and gate.
 
-    With P the probabilities after dropout, `dl = P·(dout·v) - softmax·Σ P·(dout·v)`, which is zero where the
+    `out` is not needed here: the sum below errs less than Σ out·dout would. With P the probabilities after
+    dropout, `dl = P·(dout·v) - softmax·Σ P·(dout·v)`, which is zero where the
     clamp is active; the gate takes `(1-2ε)·[Σ_ring dl / α - Σ_skip dl / (1-α)]`, α squeezed.
     """
-    dtype, num_heads = _accumulate_dtype(q), q.shape[2]
-    num_kv_heads = sum(len(group.heads.kv_heads) for group in spec.groups)
+    dtype, num_heads = accumulate_dtype(q.dtype), q.shape[2]
+    num_kv_heads = spec.num_kv_heads
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=dtype, device=q.device)
     dkeys = [torch.zeros(k.shape, dtype=dtype, device=q.device) for k in keys]
     dvalues = [torch.zeros(v.shape, dtype=dtype, device=q.device) for v in values]
-    for unit in _units(spec, num_heads, num_kv_heads, q.device):
-        k, v = keys[unit.group].to(dtype), values[unit.group].to(dtype)
-        dk, dv = dkeys[unit.group], dvalues[unit.group]
+    for unit in _units(spec, num_heads, q.device):
+        k, v = _of_blocks(keys, unit, dtype), _of_blocks(values, unit, dtype)
         unit_q, unit_dout = (_select(x, unit, num_kv_heads, dtype) for x in (q, dout))
         unit_gate, unit_lse = (_select(x, unit, num_kv_heads, dtype) for x in (gate, lse))
-        scores = _scores(spec, unit, unit_q, k, unit_gate, q_labels, k_labels[unit.group])
+        scores = _scores(spec, unit, unit_q, k, unit_gate, q_labels, k_labels)
         softmax = _softmax(scores, unit_lse)
         weights = _drop(scores, softmax, spec.dropout_p)
         dlogits = torch.zeros_like(scores.logits)  # first dout·v, then the gradient of the logits
         for index, pieces in enumerate(scores.pieces):
-            for start, stop, key in pieces:
+            for start, stop, block, key in pieces:
                 rows = slice(key, key + stop - start)
-                dlogits[:, start:stop, ..., index] = (unit_dout[:, start:stop] * v[:, rows, :, None]).sum(-1)
-                dv[:, rows] += (weights[:, start:stop, ..., index, None] * unit_dout[:, start:stop]).sum(3)
+                dout_rows = unit_dout[:, start:stop]
+                dlogits[:, start:stop, ..., index] = (dout_rows * v[block][:, rows, :, None]).sum(-1)
+                dvalues[block][:, rows, unit.columns[block]] += (
+                    weights[:, start:stop, ..., index, None] * dout_rows
+                ).sum(3)
         dlogits = weights * dlogits
         dlogits -= softmax * dlogits.sum(-1, keepdim=True)
         if scores.unclamped is not None:
@@ -235,11 +256,11 @@ def pi_attention_bwd(
         unit_dq = torch.zeros_like(unit_q)
         scaled = dlogits * spec.softmax_scale
         for index, pieces in enumerate(scores.pieces):
-            for start, stop, key in pieces:
+            for start, stop, block, key in pieces:
                 rows = slice(key, key + stop - start)
                 weight = scaled[:, start:stop, ..., index, None]  # [B, t, h, g, 1]
-                unit_dq[:, start:stop] += weight * k[:, rows, :, None]
-                dk[:, rows] += (weight * unit_q[:, start:stop]).sum(3)
+                unit_dq[:, start:stop] += weight * k[block][:, rows, :, None]
+                dkeys[block][:, rows, unit.columns[block]] += (weight * unit_q[:, start:stop]).sum(3)
         _store(dq, unit, num_kv_heads, unit_dq)
         if gate is not None:
             alpha = (1 - 2 * GATE_EPSILON) * unit_gate + GATE_EPSILON

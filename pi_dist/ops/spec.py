@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pi_dist.ops.pattern import HeadGroup, PiPattern
+import torch
+
+from pi_dist.ops.pattern import PiPattern
 
 GATE_EPSILON = 1e-4  # ε of α̃ = (1-2ε)α + ε, which keeps the log-prior finite
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are kept in, and what gradients travel in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Run(NamedTuple):
@@ -18,11 +25,11 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KeyGroup:
-    """Key/value heads that use the same rows; the group's key axis is its runs laid end to end, ascending."""
+class KeyBlock:
+    """Where the keys of one tensor [B, stop - start, len(heads), D] lie: key/value heads and positions."""
 
-    heads: HeadGroup
-    runs: tuple[Run, ...]
+    heads: tuple[int, ...]
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -30,23 +37,19 @@ class AttentionSpec:
     """Everything about a call but its tensors.
 
     Attributes:
-        groups: the key/value heads in groups, with the global positions of each group's key rows. A position
-            in no run does not exist (it lies beyond the sequence) and is nobody's neighbour.
+        blocks: where the keys lie; no two blocks hold one position of one head. A position in no block does
+            not exist (it lies beyond the sequence) and is nobody's neighbour.
         query_start: global position of the first query; queries are contiguous.
         row_start: global number of the first batch row, for dropout.
         seed: of this layer, step and micro-step; used if dropout_p > 0.
     """
 
     pattern: PiPattern
-    groups: tuple[KeyGroup, ...]
+    num_kv_heads: int
+    blocks: tuple[KeyBlock, ...]
     softmax_scale: float
     logit_cap: float | None
     dropout_p: float
     seed: int
     query_start: int
     row_start: int
-
-    @property
-    def head_groups(self) -> tuple[HeadGroup, ...]:
-        """The groups without their positions."""
-        return tuple(group.heads for group in self.groups)

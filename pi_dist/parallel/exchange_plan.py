@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pi_dist.ops.pattern import HeadGroup, PiPattern
-from pi_dist.ops.spec import Run
+from pi_dist.ops.spec import KeyBlock, Run
 
 Rows = tuple[Run, ...]
 
@@ -84,8 +84,8 @@ class ExchangePlan:
     Attributes:
         groups: head groups, the order of everything below.
         shard: this rank's positions.
-        key_runs: for each group, the positions of its key axis: shard and received rows, ascending, maximal
-            runs.
+        received: for each group, the positions of the rows that it receives, as ascending, maximal runs.
+        blocks: where the keys of the operator lie: the shard, then each group's received runs.
         halo_sends, halo_receives: messages that travel by ring send/recv, at most one per ordered pair of
             ranks.
         skip_sends, skip_receives: messages of the one all_to_all_single, one per peer, in rank order.
@@ -95,7 +95,8 @@ class ExchangePlan:
 
     groups: tuple[HeadGroup, ...]
     shard: Run
-    key_runs: tuple[Rows, ...]
+    received: tuple[Rows, ...]
+    blocks: tuple[KeyBlock, ...]
     halo_sends: tuple[Message, ...]
     halo_receives: tuple[Message, ...]
     skip_sends: tuple[Message, ...]
@@ -158,10 +159,19 @@ def make_plan(
             for peer in range(num_ranks)
         ]
 
+    received = tuple(_union((*need.halo, *need.skip)) for need in needs[rank])
     return ExchangePlan(
         groups=groups,
         shard=shards[rank],
-        key_runs=tuple(_union((*need.halo, *need.skip, shards[rank])) for need in needs[rank]),
+        received=received,
+        blocks=(
+            KeyBlock(tuple(range(num_kv_heads)), shards[rank]),
+            *(
+                KeyBlock(group.kv_heads, run)
+                for group, runs in zip(groups, received, strict=True)
+                for run in runs
+            ),
+        ),
         halo_sends=tuple(m for m in messages("halo", True) if any(m.rows)),
         halo_receives=tuple(m for m in messages("halo", False) if any(m.rows)),
         skip_sends=tuple(messages("skip", True)),

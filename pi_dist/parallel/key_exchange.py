@@ -1,8 +1,8 @@
 """Runs an exchange plan: keys and values forward, their gradients back the same way.
 
-Forward, every rank ends up with the key axis of each head group: its own shard and the received rows,
-ascending. Backward, gradients of received rows return to their owner in the accumulation dtype (fp32 for
-bf16) and are added.
+Forward, every rank ends up with the blocks of the plan: its own shard, which is not copied, and for each head
+group the rows that it received. Backward, gradients of received rows return to their owner in the
+accumulation dtype (fp32 for bf16) and are added.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from pi_dist.ops.pi_attention import merge_heads, split_heads
-from pi_dist.ops.spec import Run
+from pi_dist.ops.spec import KeyBlock, Run, accumulate_dtype
 from pi_dist.parallel.collectives import all_to_all, ring_exchange
 from pi_dist.parallel.exchange_plan import ExchangePlan, Message
 
@@ -21,60 +20,62 @@ from pi_dist.parallel.exchange_plan import ExchangePlan, Message
 def exchange_keys(
     plan: ExchangePlan, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values of each head group, [B, R_g, H_g, D] over its key runs, from shards [B, m, H_kv, D]."""
+    """Keys and values of every block of the plan, from the shard's [B, m, H_kv, D]; the first are k and v."""
     batch, _, _, head_dim = k.shape
-    own = list(zip(split_heads(plan.groups, k), split_heads(plan.groups, v), strict=True))
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
-        for (keys, values), rows in zip(own, message.rows, strict=True):
-            for tensor in (keys, values):
-                yield from (
-                    tensor[:, run.start - plan.shard.start : run.stop - plan.shard.start] for run in rows
-                )
+        for heads, rows in zip(plan.groups, message.rows, strict=True):
+            for tensor in (k, v):
+                yield from (_rows(tensor, plan.shard, run)[:, :, list(heads.kv_heads)] for run in rows)
 
-    pieces: list[list[tuple[Run, torch.Tensor, torch.Tensor]]] = [[(plan.shard, *kv)] for kv in own]
+    pieces: list[list[tuple[Run, torch.Tensor, torch.Tensor]]] = [[] for _ in plan.groups]
     for message, flat in _travel(plan, pack, batch, head_dim, k, group, backward=False):
         for index, (group_rows, blocks) in enumerate(_unpack(message, flat, plan, batch, head_dim)):
             pieces[index] += [(run, *block) for run, block in zip(group_rows, blocks, strict=True)]
-    ordered = [sorted(of_group, key=lambda piece: piece[0]) for of_group in pieces]
-    keys = [torch.cat([piece[1] for piece in of_group], dim=1) for of_group in ordered]
-    values = [torch.cat([piece[2] for piece in of_group], dim=1) for of_group in ordered]
+    keys, values = [k], [v]
+    for of_group, runs in zip(pieces, plan.received, strict=True):
+        ordered = sorted(of_group, key=lambda piece: piece[0])
+        for whole in runs:
+            parts = [piece for piece in ordered if whole.start <= piece[0].start < whole.stop]
+            for blocks, position in ((keys, 1), (values, 2)):
+                tensors = [part[position] for part in parts]
+                blocks.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1))
     return keys, values
 
 
 def return_gradients(
     plan: ExchangePlan, dkeys: list[torch.Tensor], dvalues: list[torch.Tensor], group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The conjugate of `exchange_keys`: gradients of the key axes to (dk, dv) of the shard, [B, m, H_kv, D].
+    """The conjugate of `exchange_keys`: gradients of the blocks to (dk, dv) of the shard, [B, m, H_kv, D].
 
-    Sums are in the gradients' dtype, in an order that does not depend on timing.
+    Adds to dkeys[0] and dvalues[0], and returns them. Sums are in the dtype that travels, in an order that
+    does not depend on timing.
     """
     batch, _, _, head_dim = dkeys[0].shape
-
-    def rows_of(tensor: torch.Tensor, index: int, run: Run) -> torch.Tensor:
-        row = 0
-        for whole in plan.key_runs[index]:
-            if whole.start <= run.start and run.stop <= whole.stop:
-                return tensor[:, row + run.start - whole.start : row + run.stop - whole.start]
-            row += whole.stop - whole.start
-        raise AssertionError(f"{run} is not on the key axis {plan.key_runs[index]}")
+    received = {block: index for index, block in enumerate(plan.blocks) if index > 0}
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
-        for index, rows in enumerate(message.rows):
-            for tensor in (dkeys[index], dvalues[index]):
-                yield from (rows_of(tensor, index, run) for run in rows)
+        for heads, rows, runs in zip(plan.groups, message.rows, plan.received, strict=True):
+            for tensors in (dkeys, dvalues):
+                for run in rows:
+                    whole = next(whole for whole in runs if whole.start <= run.start < whole.stop)
+                    yield _rows(tensors[received[KeyBlock(heads.kv_heads, whole)]], whole, run)
 
-    own = [
-        tuple(rows_of(tensor, index, plan.shard).clone() for tensor in (dkeys[index], dvalues[index]))
-        for index in range(len(plan.groups))
-    ]
-    for message, flat in _travel(plan, pack, batch, head_dim, dkeys[0], group, backward=True):
-        for index, (group_rows, blocks) in enumerate(_unpack(message, flat, plan, batch, head_dim)):
+    like = dkeys[1] if len(dkeys) > 1 else dkeys[0].new_empty(0, dtype=accumulate_dtype(dkeys[0].dtype))
+    for message, flat in _travel(plan, pack, batch, head_dim, like, group, backward=True):
+        unpacked = _unpack(message, flat, plan, batch, head_dim)
+        for heads, (group_rows, blocks) in zip(plan.groups, unpacked, strict=True):
             for run, block in zip(group_rows, blocks, strict=True):
-                for target, gradient in zip(own[index], block, strict=True):
-                    target[:, run.start - plan.shard.start : run.stop - plan.shard.start] += gradient
-    dk, dv = (merge_heads(plan.groups, list(tensors)) for tensors in zip(*own, strict=True))
-    return dk, dv
+                for target, gradient in zip((dkeys[0], dvalues[0]), block, strict=True):
+                    rows = _rows(target, plan.shard, run)
+                    columns = list(heads.kv_heads)
+                    rows[:, :, columns] = (rows[:, :, columns].to(gradient.dtype) + gradient).to(target.dtype)
+    return dkeys[0], dvalues[0]
+
+
+def _rows(tensor: torch.Tensor, lies: Run, wanted: Run) -> torch.Tensor:
+    """The positions `wanted` of a [B, R, ...] tensor that holds the positions `lies`."""
+    return tensor[:, wanted.start - lies.start : wanted.stop - lies.start]
 
 
 def _travel(plan, pack, batch, head_dim, like, group, *, backward) -> list[tuple[Message, torch.Tensor]]:

@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.pi_attention import backend_functions, check_options, check_shapes, pi_attention
-from pi_dist.ops.spec import AttentionSpec, KeyGroup, Run
-from pi_dist.parallel.exchange_plan import Rows, make_plan
+from pi_dist.ops.spec import AttentionSpec, Run
+from pi_dist.parallel.exchange_plan import make_plan
 from pi_dist.parallel.key_exchange import exchange_keys, return_gradients
 
 
@@ -68,7 +68,8 @@ def sequence_parallel_pi_attention(
     )
     spec = AttentionSpec(
         pattern=pattern,
-        groups=tuple(KeyGroup(heads, runs) for heads, runs in zip(plan.groups, plan.key_runs, strict=True)),
+        num_kv_heads=k.shape[2],
+        blocks=plan.blocks,
         softmax_scale=q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
         logit_cap=logit_cap,
         dropout_p=dropout_p,
@@ -77,18 +78,17 @@ def sequence_parallel_pi_attention(
         row_start=row_start,
     )
     return _SequenceParallelPiAttention.apply(
-        q, k, v, gate, labels, spec, plan, group, backend_functions(backend)
+        q, k, v, gate, labels, spec, plan, group, backend_functions(backend, q)
     )
 
 
-def _take(labels: torch.Tensor | None, runs: Rows) -> torch.Tensor | None:
-    """Labels [B, n] at the positions of the runs, [B, R]."""
-    return None if labels is None else torch.cat([labels[:, run.start : run.stop] for run in runs], dim=1)
-
-
 def _labels(labels: torch.Tensor | None, shard: Run, spec: AttentionSpec):
-    """(labels of the queries, labels of each key group)."""
-    return _take(labels, (shard,)), [_take(labels, key_group.runs) for key_group in spec.groups]
+    """(labels of the queries, labels of the keys of each block), from those of the whole sequence [B, n]."""
+    if labels is None:
+        return None, [None] * len(spec.blocks)
+    return labels[:, shard.start : shard.stop], [
+        labels[:, block.run.start : block.run.stop] for block in spec.blocks
+    ]
 
 
 class _SequenceParallelPiAttention(torch.autograd.Function):
@@ -99,17 +99,17 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
         forward, ctx.backward_function = functions
         keys, values = exchange_keys(plan, k, v, group)
         out, lse = forward(spec, q, keys, values, gate, *_labels(labels, plan.shard, spec))
-        ctx.save_for_backward(q, gate, labels, lse, *keys, *values)
+        ctx.save_for_backward(q, gate, labels, out, lse, *keys, *values)
         ctx.spec, ctx.plan, ctx.group = spec, plan, group
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, gate, labels, lse, *rows = ctx.saved_tensors
+        q, gate, labels, out, lse, *rows = ctx.saved_tensors
         keys, values = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         dq, dkeys, dvalues, dgate = ctx.backward_function(
-            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), lse, dout
+            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), out, lse, dout
         )
         dk, dv = return_gradients(ctx.plan, dkeys, dvalues, ctx.group)
         dgate = None if dgate is None else dgate.to(gate.dtype)

@@ -1,0 +1,69 @@
+"""Tile sizes of the kernels: measured on a GPU by `pi-dist bench blocks`, looked up here."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("block_sizes.json")
+KERNELS = ("fwd", "keys", "queries", "narrow")
+KINDS = (
+    "ring",
+    "near",
+    "far",
+    "skip",
+)  # window; with near skips in its band; with far ones beside it; skips alone
+BANDS = (16, 64, 512)  # steps; a wider band uses the last
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """block_m: rows of a program; block_n: rows of the other side at a time; halo: see `tiles.Options`.
+
+    max_registers: of a thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    halo: int = 0
+    max_registers: int | None = None
+
+
+@lru_cache
+def table() -> dict[str, Blocks]:
+    """Every entry, by `key`."""
+    entries = json.loads(TABLE.read_text("utf-8"))
+    return {key: Blocks(**entry) for key, entry in entries.items()}
+
+
+def key(kernel: str, kind: str, band: int, head_dim: int) -> str:
+    """Name of the entry for a band of so many steps: `fwd.ring.64.512`."""
+    size = next((size for size in BANDS if band <= size), BANDS[-1])
+    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    return f"{kernel}.{kind}.{width}.{size}"
+
+
+@lru_cache(maxsize=1024)
+def blocks(kernel: str, kind: str, band: int, head_dim: int, element_bytes: int) -> Blocks:
+    """Tile sizes for 16-bit elements as measured, and smaller ones for fp32, which needs twice the room."""
+    entry = table()[key(kernel, kind, band, head_dim)]
+    if element_bytes == 2:
+        return entry
+    small = 64 if head_dim <= 64 else 32
+    if kernel == "narrow":  # a tile of 64 holds the widest band
+        return Blocks(64, 64, 4 if head_dim <= 64 else 8, 1)
+    return Blocks(small, 32, 4, 1, entry.halo if head_dim <= 64 else 0)
+
+
+def save(entries: dict[str, Blocks], path: str | Path = TABLE) -> None:
+    """Write a table."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in sorted(entries.items())]
+    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def launch_options(sizes: Blocks) -> dict[str, int]:
+    """Keyword arguments of a launch."""
+    options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+    return options if sizes.max_registers is None else {**options, "maxnreg": sizes.max_registers}

@@ -1,0 +1,228 @@
+"""Forward kernel: one program gives block_m queries of one head their softmax over one band of keys."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from pi_dist.kernels.tiles import (
+    LOG2E,
+    NOWHERE,
+    SKIP,
+    band_limits,
+    clamped,
+    decode,
+    keep,
+    load,
+    load_labels,
+    load_priors,
+    load_rows,
+    log2,
+    neighbours,
+    of,
+    query_hash,
+    shifted,
+    store,
+    store_rows,
+    tokens,
+    zeros,
+)
+
+
+class Queries(NamedTuple):
+    """What a program knows of its queries: [M, D] rows and [M] values."""
+
+    rows: Any
+    tokens: Any
+    labels: Any
+    priors: Any
+    hashed: Any
+
+
+class Softmax(NamedTuple):
+    """A running softmax in base 2: Σ p·v [M, D], Σ p [M] and the maximum that p is relative to [M]."""
+
+    acc: Any
+    total: Any
+    top: Any
+
+
+@triton.jit
+def _raise_top(x_top, softmax, OPTIONS: tl.constexpr):
+    """Rescale to a maximum that covers x_top [M]."""
+    if OPTIONS.fixed_top:
+        return softmax
+    else:
+        top = tl.maximum(softmax.top, x_top)
+        top = tl.where(top == float("-inf"), 0.0, top)  # a row without neighbours so far
+        rescale = tl.exp2(softmax.top - top)
+        return Softmax(softmax.acc * rescale[:, None], softmax.total * rescale, top)
+
+
+@triton.jit
+def _tile(
+    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block, WIDTH: tl.constexpr,
+    FULL: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Add the keys at steps [block, block + WIDTH) from the tile's first query; FULL: all are neighbours."""
+    steps = tl.arange(0, OPTIONS.block_m)
+    columns = block + tl.arange(0, WIDTH)
+    keys = tokens(base, columns, step, sizes.k_len, OPTIONS)
+    k_rows = load_rows(k, keys, OPTIONS)  # [N, D]
+    v_rows = load_rows(v, keys, OPTIONS)
+    priors = queries.priors
+    x = tl.dot(queries.rows, tl.trans(k_rows), input_precision="ieee")  # [M, N]
+    ok, ring = neighbours(
+        steps[:, None], tl.where(keys.ok, columns, -NOWHERE)[None, :], scores, stride, OPTIONS
+    )
+    x, _ = clamped(
+        x,
+        ring,
+        priors.ring[:, None],
+        priors.skip[:, None],
+        priors.low[:, None],
+        priors.high[:, None],
+        scores,
+        OPTIONS,
+    )
+    if OPTIONS.has_labels:
+        labels = load_labels(k_labels, keys, OPTIONS)
+        same = (queries.labels[:, None] == labels[None, :]) & (queries.labels >= 0)[:, None]
+        ok = same if FULL else ok & same
+    if OPTIONS.fixed_top:
+        p = tl.exp2(x)
+        if OPTIONS.has_labels or not FULL:
+            p = tl.where(ok, p, 0.0)
+    else:
+        if OPTIONS.has_labels or not FULL:
+            x = tl.where(ok, x, float("-inf"))
+        softmax = _raise_top(tl.max(x, 1), softmax, OPTIONS)
+        p = tl.exp2(x - softmax.top[:, None])
+    total = softmax.total + tl.sum(p, 1)
+    if OPTIONS.dropout:
+        offset = (steps[:, None] - columns[None, :]).to(tl.int64) * step
+        p = tl.where(keep(queries.hashed[:, None], offset, dropout), p, 0.0)
+    acc = tl.dot(p.to(v_rows.dtype), v_rows, softmax.acc, input_precision="ieee")
+    return Softmax(acc, total, softmax.top)
+
+
+@triton.jit
+def _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, offset, OPTIONS: tl.constexpr):
+    """Add the one key `offset` tokens before each query."""
+    keys = shifted(queries.tokens, sizes.shift - offset, sizes.k_len)
+    k_rows = load_rows(k, keys, OPTIONS).to(tl.float32)  # [M, D]
+    v_rows = load_rows(v, keys, OPTIONS).to(tl.float32)
+    offsets = keys.offset.to(tl.int64) * 0 + offset
+    ok = keys.ok & (tl.abs(offsets) > scores.window)
+    if OPTIONS.has_labels:
+        ok = ok & (queries.labels == load_labels(k_labels, keys, OPTIONS)) & (queries.labels >= 0)
+    priors = queries.priors
+    x = tl.sum(queries.rows.to(tl.float32) * k_rows, 1)
+    x, _ = clamped(x, ok & False, priors.skip, priors.skip, priors.low, priors.high, scores, OPTIONS)
+    x = tl.where(ok, x, float("-inf"))
+    softmax = _raise_top(x, softmax, OPTIONS)
+    p = tl.exp2(x) if OPTIONS.fixed_top else tl.exp2(x - softmax.top)
+    total = softmax.total + p
+    if OPTIONS.dropout:
+        p = tl.where(keep(queries.hashed, offsets, dropout), p, 0.0)
+    return Softmax(softmax.acc + p[:, None] * v_rows, total, softmax.top)
+
+
+@triton.jit
+def _block(
+    start, first, stride, step, batch, head, q, k, v, gate, q_labels, k_labels, out, lse, sizes, scores,
+    dropout, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """block_m queries of one head from step `start` on, all tensors being those of the batch row and head."""
+    mine = tokens(first + start * step, tl.arange(0, OPTIONS.block_m), step, sizes.q_len, OPTIONS)  # [M]
+    top = zeros(OPTIONS, False) + float("-inf")
+    origin = zeros(OPTIONS, False)
+    if OPTIONS.fixed_top:
+        top = origin + scores.cap * LOG2E
+        origin = top
+    queries = Queries(
+        load_rows(q, mine, OPTIONS),
+        mine,
+        load_labels(q_labels, mine, OPTIONS),
+        load_priors(gate, mine, origin, scores, OPTIONS),
+        query_hash(dropout, batch, mine, head, OPTIONS),
+    )
+    if OPTIONS.merge:  # wanted at the end, and under way from here
+        before, out_before = load(lse, mine, float("-inf")) * LOG2E, load_rows(out, mine, OPTIONS)
+    softmax = Softmax(zeros(OPTIONS, True), zeros(OPTIONS, False), top)
+    base = first + sizes.shift + start * step  # the key at the tile's first query
+    if OPTIONS.halo > 0:
+        softmax = _tile(
+            queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, 0, OPTIONS.block_m,
+            False, OPTIONS,
+        )  # fmt: skip
+        if OPTIONS.left > 0:
+            softmax = _tile(
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, -OPTIONS.halo,
+                OPTIONS.halo, False, OPTIONS,
+            )  # fmt: skip
+        if OPTIONS.right > 0:
+            softmax = _tile(
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, OPTIONS.block_m,
+                OPTIONS.halo, False, OPTIONS,
+            )  # fmt: skip
+    else:
+        low, full_start, full_stop, high = band_limits(
+            base, step, sizes.k_len, scores, stride, OPTIONS.left, OPTIONS.right, OPTIONS
+        )
+        for block in range(low, full_start, OPTIONS.block_n):
+            softmax = _tile(
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
+                OPTIONS.block_n, False, OPTIONS,
+            )  # fmt: skip
+        for block in range(full_start, full_stop, OPTIONS.block_n):
+            softmax = _tile(
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
+                OPTIONS.block_n, True, OPTIONS,
+            )  # fmt: skip
+        for block in range(full_stop, high, OPTIONS.block_n):
+            softmax = _tile(
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
+                OPTIONS.block_n, False, OPTIONS,
+            )  # fmt: skip
+    for m in tl.static_range(1, OPTIONS.shifts + 1):
+        softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, m * stride, OPTIONS)
+        if not OPTIONS.causal:
+            softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, -m * stride, OPTIONS)
+
+    acc = softmax.acc
+    if OPTIONS.dropout:
+        acc *= dropout.keep_scale
+    if OPTIONS.merge:
+        softmax = _raise_top(before, Softmax(acc, softmax.total, softmax.top), OPTIONS)
+        share = tl.exp2(before - softmax.top)
+        acc = softmax.acc + out_before.to(tl.float32) * share[:, None]
+        softmax = Softmax(acc, softmax.total + share, softmax.top)
+    empty = softmax.total == 0.0
+    total = tl.where(empty, 1.0, softmax.total)
+    store_rows(out, mine, acc * (1 / total)[:, None], False, OPTIONS)
+    store(lse, mine, tl.where(empty, float("-inf"), (softmax.top + log2(total, OPTIONS)) / LOG2E))
+
+
+@triton.jit(do_not_specialize=["sizes", "scores", "dropout"])
+def _pi_attention_fwd_kernel(
+    q, k, v, gate, q_labels, k_labels, out, lse, strides_ptr, kv_heads_ptr, sizes, scores, dropout,
+    OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """out and lse of block_m queries of one head."""
+    tile, slot, batch = decode(sizes, OPTIONS.heads_first)
+    k_head = slot // OPTIONS.share  # among the heads of the keys given
+    head = tl.load(kv_heads_ptr + k_head) * OPTIONS.share + slot % OPTIONS.share
+    stride = scores.stride + tile * 0  # a tensor even if it is 1
+    if not OPTIONS.uniform:
+        stride = tl.load(strides_ptr + head)
+    first, step = 0, 1
+    if OPTIONS.kind == SKIP:
+        first, step, tile = tile % stride, stride, tile // stride
+    start = tile.to(tl.int64) * OPTIONS.block_m
+    if first + start * step < sizes.q_len:
+        _block(
+            start, first, stride, step, batch, head, of(q, batch, head), of(k, batch, k_head),
+            of(v, batch, k_head), of(gate, batch, head), of(q_labels, batch, 0), of(k_labels, batch, 0),
+            of(out, batch, head), of(lse, batch, head), sizes, scores, dropout, OPTIONS,
+        )  # fmt: skip

@@ -1,0 +1,380 @@
+"""What the kernels share: arguments, rows, who is a neighbour, logits, dropout bits.
+
+Coordinates. A program works on the tokens of one residue class of `step`: query i = first + step·t, key
+j = first + shift + step·u, where shift is the global position of query 0 less that of key 0. So a pair lies
+step·(t-u) tokens apart, wherever the tensors begin. The window has step 1; many skips have step π, and are a
+plain window of M there.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NOWHERE = tl.constexpr(
+    1 << 29
+)  # step of a query that does not exist; a key that does not exist is at minus this
+
+# bands that a program can look at
+RING = tl.constexpr(0)  # the window
+SKIP = tl.constexpr(1)  # the skips, by residue class of the stride
+BOTH = tl.constexpr(2)  # window and skips, where the skips lie near enough to make one band
+
+
+class Rows(NamedTuple):
+    """A [B, T, H, D] or [B, T, H] tensor: its pointer and its strides in elements; the last one is 1."""
+
+    ptr: Any
+    batch: Any
+    token: Any
+    head: Any
+
+
+class Sizes(NamedTuple):
+    """Sizes of a launch; shift is the global position of the first query less that of the first key."""
+
+    q_len: Any
+    k_len: Any
+    num_heads: Any
+    num_tiles: Any
+    shift: Any
+
+
+class Scores(NamedTuple):
+    """Scalars of the logits."""
+
+    window: Any
+    stride: Any
+    num_skips: Any
+    scale: Any
+    cap: Any
+
+
+class Dropout(NamedTuple):
+    """Keys of the dropout bits; 32-bit values as signed integers, so that their type never changes."""
+
+    seed_low: Any
+    seed_high: Any
+    row_start: Any
+    query_start: Any
+    threshold: Any
+    keep_scale: Any
+
+
+class Options(NamedTuple):
+    """What is compiled into a kernel.
+
+    Attributes:
+        kind: RING, SKIP or BOTH. left, right: steps of the band before and behind a query.
+        halo: of a narrow band, the width of the tiles beside the diagonal one; 0 loops over tiles of block_n.
+        long_steps: a tile spans more elements than 32 bits count.
+        shifts: skips that are not in the band and are done row by row (KIND RING).
+        share: query heads of a key/value head. shares: how many of them this launch covers.
+        merge: continue from the out and lse (or add to the gradients) of an earlier launch.
+        parts: several launches make the gradient of a gate.
+        fast_log: see `log2`.
+        fixed_top: the logit cap serves as the softmax's maximum.
+    """
+
+    kind: int
+    left: int
+    right: int
+    halo: int
+    long_steps: bool
+    shifts: int
+    causal: bool
+    include_self: bool
+    one_skip: bool
+    uniform: bool
+    share: int
+    shares: int
+    has_gate: bool
+    has_labels: bool
+    has_cap: bool
+    dropout: bool
+    merge: bool
+    parts: bool
+    fixed_top: bool
+    fast_log: bool
+    heads_first: bool
+    head_dim: int
+    block_d: int
+    block_m: int
+    block_n: int
+    epsilon: float
+
+
+@triton.jit
+def zeros(OPTIONS: tl.constexpr, BY_DIM: tl.constexpr):
+    """fp32 zeros, [M] or [M, block_d]."""
+    M: tl.constexpr = OPTIONS.block_m
+    D: tl.constexpr = OPTIONS.block_d
+    if BY_DIM:
+        return tl.zeros((M, D), tl.float32)
+    else:
+        return tl.zeros((M,), tl.float32)
+
+
+@triton.jit
+def of(rows, batch, head):
+    """The [T, D] or [T] part of one batch row and head."""
+    return Rows(rows.ptr + batch * rows.batch + head * rows.head, rows.batch, rows.token, rows.head)
+
+
+class Tokens(NamedTuple):
+    """Tokens start + offset [N] of a tensor, offset in tokens, and whether they exist."""
+
+    start: Any
+    offset: Any
+    ok: Any
+
+
+@triton.jit
+def _ceil_div(a, b):
+    """ceil(a / b) for b > 0, within what a step can be."""
+    quotient = tl.where(a > 0, (a + b - 1) // b, -((-a) // b))
+    return tl.minimum(tl.maximum(quotient, -NOWHERE), NOWHERE).to(tl.int32)
+
+
+@triton.jit
+def tokens(start, steps, step, length, OPTIONS: tl.constexpr):
+    """The tokens `steps` [N] steps after token `start` (int64) of a tensor of `length` tokens."""
+    ok = (steps >= _ceil_div(-start, step)) & (steps < _ceil_div(length - start, step))
+    if OPTIONS.long_steps:
+        return Tokens(start, steps.to(tl.int64) * step, ok)
+    else:
+        return Tokens(start, steps * step, ok)
+
+
+@triton.jit
+def shifted(those, by, length):
+    """The tokens `by` tokens after those, where both exist."""
+    start = those.start + by
+    index = start + those.offset.to(tl.int64)
+    return Tokens(start, those.offset, those.ok & (index >= 0) & (index < length))
+
+
+@triton.jit
+def index_of(those):
+    """Indices [N], int64."""
+    return those.start + those.offset.to(tl.int64)
+
+
+@triton.jit
+def pointers_to(rows, those):
+    """Pointers [N] to elements of a [T] part, or to the beginnings of rows of a [T, D] part."""
+    return (rows.ptr + those.start * rows.token) + those.offset * rows.token
+
+
+@triton.jit
+def load(rows, those, other):
+    """Elements [N] of a [T] part; `other` where there is no token."""
+    return tl.load(pointers_to(rows, those), mask=those.ok, other=other)
+
+
+@triton.jit
+def store(rows, those, value):
+    """Store [N] to elements of a [T] part."""
+    tl.store(pointers_to(rows, those), value, mask=those.ok)
+
+
+@triton.jit
+def _row_pointers(rows, those, OPTIONS: tl.constexpr):
+    """Pointers [N, block_d] to rows of a [T, D] part; sums in 32 bits before the one addition in 64."""
+    d = tl.arange(0, OPTIONS.block_d)
+    return (rows.ptr + those.start * rows.token) + ((those.offset * rows.token)[:, None] + d[None, :])
+
+
+@triton.jit
+def _row_mask(those, OPTIONS: tl.constexpr):
+    if OPTIONS.block_d == OPTIONS.head_dim:
+        return those.ok[:, None]
+    else:
+        return those.ok[:, None] & (tl.arange(0, OPTIONS.block_d) < OPTIONS.head_dim)[None, :]
+
+
+@triton.jit
+def load_rows(rows, those, OPTIONS: tl.constexpr):
+    """Rows of a [T, D] part, as [N, block_d]; 0 where there is no token."""
+    return tl.load(_row_pointers(rows, those, OPTIONS), mask=_row_mask(those, OPTIONS), other=0.0)
+
+
+@triton.jit
+def store_rows(rows, those, value, ADD: tl.constexpr, OPTIONS: tl.constexpr):
+    """Store [N, block_d] to rows of a [T, D] part; ADD adds to what is there."""
+    pointers, mask = _row_pointers(rows, those, OPTIONS), _row_mask(those, OPTIONS)
+    if ADD:
+        value += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, value.to(rows.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def log2(x, OPTIONS: tl.constexpr):
+    """One instruction, exact to 2^-22, where 16-bit inputs allow it."""
+    if OPTIONS.fast_log:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.log2(x)
+
+
+class Priors(NamedTuple):
+    """Of queries, in base 2: what their gate adds to ring and skip logits, and the bounds of the clamp.
+
+    All four less the queries' own `origin`, so that exp2 of a clamped logit is a share of 2^origin. alpha is
+    squeezed.
+    """
+
+    ring: Any
+    skip: Any
+    low: Any
+    high: Any
+    alpha: Any
+
+
+@triton.jit
+def load_priors(gate, queries, origin, scores, OPTIONS: tl.constexpr):
+    """Priors of queries [N]; origin [N] in base 2."""
+    if OPTIONS.has_gate:
+        alpha = (1 - 2 * OPTIONS.epsilon) * load(gate, queries, 0.5) + OPTIONS.epsilon
+        ring, skip = log2(alpha, OPTIONS) - origin, log2(1 - alpha, OPTIONS) - origin
+    else:
+        alpha = origin
+        ring, skip = -origin, -origin
+    cap = scores.cap * LOG2E
+    return Priors(ring, skip, -(origin + cap), -(origin - cap), alpha)
+
+
+@triton.jit
+def load_labels(labels, those, OPTIONS: tl.constexpr):
+    """Labels of tokens [N], -1 where there is none."""
+    if OPTIONS.has_labels:
+        return load(labels, those, -1)
+    else:
+        return those.ok
+
+
+@triton.jit
+def decode(sizes, HEADS_FIRST: tl.constexpr):
+    """(tile, head, batch row) of this program; HEADS_FIRST: programs that run together share their tokens."""
+    pid = tl.program_id(0)
+    if HEADS_FIRST:
+        rest = pid // sizes.num_heads
+        return rest % sizes.num_tiles, pid % sizes.num_heads, (rest // sizes.num_tiles).to(tl.int64)
+    else:
+        rest = pid // sizes.num_tiles
+        return pid % sizes.num_tiles, rest % sizes.num_heads, (rest // sizes.num_heads).to(tl.int64)
+
+
+@triton.jit
+def _mix(x):
+    """As `pi_dist.ops.dropout._mix`, on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _fold(state, value):
+    """Fold a signed 64-bit integer into the state."""
+    return _mix(_mix(state ^ value.to(tl.uint32)) ^ (value >> 32).to(tl.uint32))
+
+
+@triton.jit
+def query_hash(dropout, batch, queries, head, OPTIONS: tl.constexpr):
+    """Dropout's hash [N] of queries of one batch row and head."""
+    if OPTIONS.dropout:
+        zero = batch * 0
+        state = _mix(_mix((zero + dropout.seed_low).to(tl.uint32)) ^ (zero + dropout.seed_high).to(tl.uint32))
+        state = _fold(state, batch + dropout.row_start)
+        return _fold(_fold(state, index_of(queries) + dropout.query_start), zero + head)
+    else:
+        return queries.ok
+
+
+@triton.jit
+def keep(hashed, offset, dropout):
+    """Whether dropout keeps the neighbour `offset` (int64) tokens before the query."""
+    bits = _mix(_mix(hashed ^ offset.to(tl.uint32)) ^ (offset >> 32).to(tl.uint32))
+    return bits >= (offset * 0 + dropout.threshold).to(tl.uint32)
+
+
+@triton.jit
+def neighbours(t, u, scores, stride, OPTIONS: tl.constexpr):
+    """(neighbour, ring) for queries at steps t and keys at steps u, which broadcast to each other."""
+    offset = t - u
+    if OPTIONS.kind == SKIP:
+        distance = offset if OPTIONS.causal else tl.abs(offset)
+        skip = (distance >= tl.maximum(scores.window // stride + 1, 1)) & (distance <= scores.num_skips)
+        return skip, skip
+    else:
+        if OPTIONS.causal:
+            distance = offset
+            ring = offset.to(tl.uint32, bitcast=True) <= (offset * 0 + scores.window).to(
+                tl.uint32, bitcast=True
+            )
+        else:
+            distance = tl.abs(offset)
+            ring = distance <= scores.window
+        if not OPTIONS.include_self:
+            ring = ring & (offset != 0)
+        if OPTIONS.kind == RING:
+            return ring, ring
+        else:
+            lift = stride * (2 * OPTIONS.left // stride + 2)  # makes steps of the tile's margins positive
+            if OPTIONS.one_skip:
+                skip = (distance == stride) & (stride > scores.window)
+            else:
+                skip = ((t + lift) % stride == (u + lift) % stride) & (distance <= scores.num_skips * stride)
+                skip = skip & (distance > scores.window)
+            return ring | skip, ring
+
+
+@triton.jit
+def clamped(scores_tile, ring, ring_prior, skip_prior, low, high, scores, OPTIONS: tl.constexpr):
+    """(clamped logits, logits) in base 2, from q·k; the priors and bounds broadcast to it."""
+    if OPTIONS.kind == RING:
+        prior = ring_prior
+    elif OPTIONS.kind == SKIP:
+        prior = skip_prior
+    else:
+        prior = tl.where(ring, ring_prior, skip_prior)
+    x = scores_tile * (scores.scale * LOG2E) + prior
+    if OPTIONS.has_cap:
+        return tl.minimum(tl.maximum(x, low), high), x
+    else:
+        return x, x
+
+
+@triton.jit
+def band_limits(
+    base, step, length, scores, stride, BEFORE: tl.constexpr, AFTER: tl.constexpr, OPTIONS: tl.constexpr
+):
+    """(low, full_start, full_stop, high): steps of the other side that block_m tokens look at, from `base`.
+
+    They look at steps [low, high), which exist; tiles of block_n in [full_start, full_stop) need no mask.
+    BEFORE and AFTER: the band's steps on the two sides; `length`: tokens of the other side.
+    """
+    low = tl.maximum(_ceil_div(-base, step), -BEFORE)
+    high = tl.minimum(_ceil_div(length - base, step), OPTIONS.block_m + AFTER)
+    near = OPTIONS.block_m - 1 - BEFORE
+    far = 1 + AFTER
+    if OPTIONS.kind == SKIP:
+        nearest = tl.maximum(scores.window // stride, 0)
+        if BEFORE == 0:  # causal, and keys look at their queries
+            near = OPTIONS.block_m + nearest
+        else:
+            far = -nearest
+    elif OPTIONS.kind == BOTH:
+        far = near
+    elif not OPTIONS.include_self:
+        if not OPTIONS.causal:
+            far = near
+        elif BEFORE == 0:
+            near = OPTIONS.block_m
+        else:
+            far = 0
+    start = low + tl.maximum(near - low + OPTIONS.block_n - 1, 0) // OPTIONS.block_n * OPTIONS.block_n
+    start = tl.minimum(start, high)
+    stop = start + tl.maximum(tl.minimum(far, high) - start, 0) // OPTIONS.block_n * OPTIONS.block_n
+    return low, start, stop, high

@@ -1,0 +1,131 @@
+"""`pi-dist bench blocks`: times candidates for the kernels' tile sizes, writes the table of the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from pi_dist.config import UserError
+from pi_dist.measure.kernel_bench import HEADS, Case, compile_all, inputs, runner, timed
+
+TOKENS = 131072
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate for one entry of the table, and the case that it is timed on."""
+
+    entry: str
+    sizes: tuple[int, int, int, int, int, int | None]  # the fields of Blocks
+    case: Case
+    direction: str
+
+
+def _candidates(
+    kernel: str, band: int, head_dim: int
+) -> Iterator[tuple[int, int, int, int, int, int | None]]:
+    """Tile sizes worth timing; what does not fit into a multiprocessor is dropped when it fails."""
+    wide = head_dim > 64
+    if kernel == "narrow":
+        yield from ((64, 64, 4, 1, 0, cap) for cap in ((None,) if wide else (None, 168, 160, 128)))
+        yield (64, 64, 8, 1, 0, None)
+    elif kernel == "fwd" and band <= 64:
+        yield from (
+            (64, 64, 4, 1, max(16, band), cap) for cap in ((None, 128) if wide else (None, 128, 96, 80))
+        )
+        if wide:
+            yield (64, 64, 8, 1, max(16, band), None)
+    else:
+        for block_n, stages in ((64, 2), (32, 2), (32, 3)):
+            yield from ((64, block_n, 4, stages, 0, cap) for cap in ((None,) if wide else (None, 168, 128)))
+        if wide:
+            yield from ((128, 64, 8, 2, 0, None), (64, 64, 8, 2, 0, None), (64, 32, 8, 2, 0, None))
+
+
+def trials(head_dim: int) -> list[Trial]:
+    """Everything that is timed; entries for windows come first, since patterns with skips use them too."""
+    from pi_dist.kernels.block_sizes import BANDS, key
+    from pi_dist.ops.triton_backend import NARROW
+
+    timed_on = [("ring", band, Case(head_dim, TOKENS, band, 0)) for band in BANDS]
+    timed_on += [
+        ("near", 16, Case(head_dim, TOKENS, 4, 1)),
+        ("far", 16, Case(head_dim, TOKENS, 4, 1, per_head=True)),
+        ("far", 64, Case(head_dim, TOKENS, 64, 1)),
+        ("far", 512, Case(head_dim, TOKENS, 512, 1)),
+        ("skip", 16, Case(head_dim, TOKENS, 64, 16)),
+        ("skip", 64, Case(head_dim, TOKENS, 64, 64)),
+    ]
+    found = []
+    for kind, band, case in timed_on:
+        for kernel in ("fwd", "narrow") if band <= NARROW else ("fwd", "keys", "queries"):
+            entry = key(kernel, kind, band, head_dim)
+            direction = "forward" if kernel == "fwd" else "backward"
+            found += [Trial(entry, sizes, case, direction) for sizes in _candidates(kernel, band, head_dim)]
+    return found
+
+
+def _use(trial: Trial) -> None:
+    from pi_dist.kernels import block_sizes
+
+    block_sizes.blocks.cache_clear()
+    block_sizes.table()[trial.entry] = block_sizes.Blocks(*trial.sizes)
+
+
+def _warm_up(trial: Trial) -> None:
+    _use(trial)
+    small = replace(trial.case, tokens=16384)
+    try:
+        forward, backward = runner(small, inputs(small))
+        backward() if trial.direction == "backward" else forward()
+        torch.cuda.synchronize()
+    except Exception as error:  # it is tried again, and reported, where it is timed
+        print(f"{trial.entry} {trial.sizes}: {type(error).__name__}")
+
+
+def tune(head_dim: int, path: str | None = None) -> None:
+    """Time all candidates for a head_dim on this GPU; write the table with the fastest to `path`, or where it
+    lies.
+
+    Raises:
+        UserError: no GPU.
+    """
+    from triton import OutOfResources
+    from triton.runtime.errors import PTXASError
+
+    from pi_dist.kernels import block_sizes
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "bench blocks: torch.cuda.is_available() does not hold; tile sizes are timed on a GPU"
+        )
+    if head_dim not in HEADS:
+        raise UserError(f"bench blocks: head_dim ({head_dim}) in {tuple(HEADS)} does not hold")
+    wanted = trials(head_dim)
+    compile_all(wanted, _warm_up)
+    best: dict[str, tuple[float, Trial]] = {}
+    tensors, current = None, None
+    for trial in wanted:
+        before = block_sizes.table()[trial.entry]
+        if trial.case != current:
+            tensors, current = None, trial.case
+            tensors = inputs(trial.case)
+        _use(trial)
+        try:
+            forward, backward = runner(trial.case, tensors)
+            ms = timed(backward if trial.direction == "backward" else forward, 40)
+        except (OutOfResources, PTXASError) as error:
+            print(f"{trial.entry:<20} {trial.sizes}: does not fit ({type(error).__name__})")
+            ms = float("inf")
+        else:
+            print(f"{trial.entry:<20} {trial.sizes!s:<32} {ms:8.3f} ms", flush=True)
+        if ms < best.get(trial.entry, (float("inf"), trial))[0]:
+            best[trial.entry] = (ms, trial)
+        chosen = best.get(trial.entry)
+        block_sizes.table()[trial.entry] = block_sizes.Blocks(*chosen[1].sizes) if chosen else before
+        block_sizes.blocks.cache_clear()
+    target = path or str(block_sizes.TABLE)
+    block_sizes.save(block_sizes.table(), target)
+    print(f"{len(best)} entries of {len(block_sizes.table())} timed anew, written to {target}")

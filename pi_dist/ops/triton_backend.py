@@ -1,0 +1,380 @@
+"""The Triton kernels as a backend: which bands a call needs, and a launch for each.
+
+A band is a set of neighbours that one launch looks at; results of several are merged by lse, gradients added.
+The keys of a shard and each run of received rows are bands of their own, so nothing is concatenated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+
+from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
+from pi_dist.kernels.pi_attention_bwd import _delta_kernel, _keys_kernel, _narrow_kernel, _queries_kernel
+from pi_dist.kernels.pi_attention_fwd import _pi_attention_fwd_kernel
+from pi_dist.kernels.tiles import Dropout, Options, Rows, Scores, Sizes
+from pi_dist.ops.pattern import PiPattern
+from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock
+
+RING, SKIP, BOTH = 0, 1, 2  # as in kernels/tiles.py
+NEAR_SKIPS = 32  # skips that lie no farther than the window or this join its band
+SHIFTED_SKIPS = 1  # so few farther skips are done row by row; more, by residue class in a launch of their own
+NARROW = 32  # steps on both sides up to which the backward is one tile (of 64)
+LARGEST_FIXED_TOP = 40.0  # exp(-2·cap) must be a normal number
+
+
+def check_usable(q: torch.Tensor) -> None:
+    """Raise ValueError with the reason unless the kernels can run on tensors like `q` [B, T, H, D]."""
+    interpreted = not isinstance(_pi_attention_fwd_kernel, triton.runtime.jit.JITFunction)
+    if not q.is_cuda and not interpreted:
+        raise ValueError(
+            f"backend 'triton' needs a GPU: q.device.type ({q.device.type}) == 'cuda' does not hold"
+        )
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"backend 'triton': q.dtype ({q.dtype}) in (float32, float16, bfloat16) does not hold"
+        )
+    if interpreted and q.dtype == torch.bfloat16:
+        raise ValueError("backend 'triton': Triton's interpreter computes bfloat16 wrongly")
+    if not 1 <= q.shape[3] <= 256:
+        raise ValueError(f"backend 'triton': 1 <= head_dim ({q.shape[3]}) <= 256 does not hold")
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Neighbours that one launch looks at: `left` and `right` steps of a query, and `shifts` far skips."""
+
+    kind: int
+    left: int
+    right: int
+    shifts: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries [start, stop), as indices, that look at a block of keys by one band."""
+
+    band: _Band
+    block: KeyBlock
+    start: int
+    stop: int
+    strides: tuple[int, ...]  # of all query heads
+
+
+def _bands(pattern: PiPattern, strides: tuple[int, ...], local: bool) -> list[_Band]:
+    """The bands of heads with these strides; `local`: the keys lie at the queries' own positions."""
+    window, skips = pattern.window, pattern.num_skips
+    far = skips * max(strides)
+
+    def band(kind: int, steps: int, shifts: int = 0) -> _Band:
+        return _Band(kind, steps, 0 if pattern.causal else steps, shifts)
+
+    if far <= window:
+        return [band(RING, window)]
+    if far <= max(window, NEAR_SKIPS):
+        return [band(BOTH, far)]
+    if local and skips <= SHIFTED_SKIPS:
+        return [band(RING, window, skips)]
+    if window == 0 and not pattern.include_self:
+        return [band(SKIP, skips)]
+    return [band(RING, window), band(SKIP, skips)]
+
+
+@lru_cache(maxsize=1024)
+def _parts(
+    pattern: PiPattern,
+    blocks_: tuple[KeyBlock, ...],
+    num_heads: int,
+    num_kv_heads: int,
+    query_start: int,
+    q_len: int,
+) -> tuple[_Part, ...]:
+    """The launches of a call, in order; the first covers all queries, and the rest those that need it."""
+    share, all_strides = num_heads // num_kv_heads, pattern.head_strides(num_heads)
+    if blocks_[0].heads != tuple(range(num_kv_heads)):
+        raise ValueError(f"heads of the first block ({blocks_[0].heads}) == all heads does not hold")
+    parts = []
+    for block in blocks_:
+        local = block.run == (query_start, query_start + q_len)
+        strides = tuple(all_strides[head * share + s] for head in block.heads for s in range(share))
+        for band in _bands(pattern, strides, local):
+            back = band.left if band.kind != SKIP else pattern.num_skips * max(strides)
+            start = max(0, block.run.start - (0 if pattern.causal else back) - query_start)
+            stop = min(q_len, block.run.stop + back - query_start)
+            if band.shifts or not parts:
+                start, stop = 0, q_len
+            if start < stop:
+                parts.append(_Part(band, block, start, stop, all_strides))
+    return tuple(parts)
+
+
+@lru_cache(maxsize=1024)
+def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _rows(tensor: torch.Tensor | None, like: torch.Tensor) -> Rows:
+    """A [B, T, H, D], [B, T, H] or [B, T] tensor as the kernels take it; None becomes any pointer."""
+    if tensor is None:
+        return Rows(like, 0, 0, 0)
+    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() > 2 else 0)
+
+
+def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself unless its last dimension is strided."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _signed(value: int) -> int:
+    """The low 32 bits of `value` as a signed integer, so that the kernel's argument type never changes."""
+    low = value & 0xFFFFFFFF
+    return low - (1 << 32) if low >> 31 else low
+
+
+class _Launch:
+    """The arguments that the launches of one call share."""
+
+    def __init__(
+        self, spec: AttentionSpec, q: torch.Tensor, gate: torch.Tensor | None, has_labels: bool
+    ) -> None:
+        self.spec, self.gate = spec, gate
+        self.num_heads, self.head_dim = q.shape[2:]
+        self.share = self.num_heads // spec.num_kv_heads
+        self.element_bytes = q.element_size()
+        self.token_stride = max(q.stride(1), 3 * self.num_heads * self.head_dim)
+        self.dropout = Dropout(
+            _signed(spec.seed),
+            _signed(spec.seed >> 32),
+            spec.row_start,
+            spec.query_start,
+            _signed(round(spec.dropout_p * 2**32)),
+            1 / (1 - spec.dropout_p),
+        )
+        self.fixed_top = (
+            q.dtype == torch.bfloat16 and spec.logit_cap is not None and spec.logit_cap <= LARGEST_FIXED_TOP
+        )
+        self.fast_log = q.is_cuda and q.element_size() == 2
+        self.has_labels = has_labels
+
+    def strides_of(self, part: _Part) -> tuple[int, ...]:
+        """Strides of the query heads that look at the part's block."""
+        return tuple(part.strides[h * self.share + s] for h in part.block.heads for s in range(self.share))
+
+    def scores(self, part: _Part) -> Scores:
+        pattern, spec = self.spec.pattern, self.spec
+        stride = self.strides_of(part)[0]
+        return Scores(pattern.window, stride, pattern.num_skips, spec.softmax_scale, spec.logit_cap or 0.0)
+
+    def options(
+        self, part: _Part, sizes: Blocks, *, merge: bool, shares: int, parts: bool = False
+    ) -> Options:
+        band, pattern, spec = part.band, self.spec.pattern, self.spec
+        return Options(
+            kind=band.kind,
+            left=band.left,
+            right=band.right,
+            halo=sizes.halo,
+            long_steps=band.kind == SKIP and self.token_stride * max(self.strides_of(part)) * 1024 >= 2**31,
+            shifts=band.shifts,
+            causal=pattern.causal,
+            include_self=pattern.include_self,
+            one_skip=pattern.num_skips == 1,
+            uniform=len(set(self.strides_of(part))) == 1,
+            share=self.share,
+            shares=shares,
+            has_gate=self.gate is not None,
+            has_labels=self.has_labels,
+            has_cap=spec.logit_cap is not None,
+            dropout=spec.dropout_p > 0,
+            merge=merge,
+            parts=parts,
+            fixed_top=self.fixed_top,
+            fast_log=self.fast_log,
+            heads_first=band.kind != SKIP and band.shifts == 0,  # else a head's far rows stay in the L2 cache
+            head_dim=self.head_dim,
+            block_d=max(16, triton.next_power_of_2(self.head_dim)),
+            block_m=sizes.block_m,
+            block_n=sizes.block_n,
+            epsilon=GATE_EPSILON,
+        )
+
+    def block_sizes(self, kernel: str, part: _Part, length: int) -> Blocks:
+        """Tile sizes for `length` tokens on the program's side."""
+        band = part.band
+        kind = "far" if band.shifts else ("ring", "skip", "near")[band.kind]
+        sizes = blocks(kernel, kind, band.left, self.head_dim, self.element_bytes)
+        if band.kind == SKIP:  # no larger than the chains of one residue class
+            chain = triton.next_power_of_2(triton.cdiv(length, max(self.strides_of(part))))
+            margin = triton.next_power_of_2(2 * (band.left + band.right)) if kernel == "narrow" else 16
+            sizes = replace(sizes, block_m=min(sizes.block_m, max(16, chain, margin)))
+        return sizes
+
+    def num_tiles(self, part: _Part, owned: int, length: int) -> int:
+        """Programs a head, each of `owned` steps: enough for the head with the most."""
+        if part.band.kind != SKIP:
+            return triton.cdiv(length, owned)
+        return max(
+            min(stride, length) * triton.cdiv(triton.cdiv(length, stride), owned)
+            for stride in set(self.strides_of(part))
+        )
+
+    def dropout_from(self, start: int) -> Dropout:
+        return self.dropout._replace(query_start=self.spec.query_start + start)
+
+    def shift(self, part: _Part) -> int:
+        return self.spec.query_start + part.start - part.block.run.start
+
+
+def pi_attention_fwd(spec, q, keys, values, gate, q_labels, k_labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `pi_dist.ops.reference.pi_attention_fwd`; lse is fp32. The first block holds all heads."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    batch, q_len, num_heads, _ = q.shape
+    lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
+    q, keys, values = _dense_rows(q), [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
+    launch = _Launch(spec, q, gate, q_labels is not None)
+    parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
+    for number, part in enumerate(parts):
+        index = spec.blocks.index(part.block)
+        k, v, labels = keys[index], values[index], k_labels[index]
+        view = slice(part.start, part.stop)
+        length = part.stop - part.start
+        sizes = launch.block_sizes("fwd", part, length)
+        num_tiles = launch.num_tiles(part, sizes.block_m, length)
+        heads = len(part.block.heads) * launch.share
+        _pi_attention_fwd_kernel[(num_tiles * heads * batch,)](
+            _rows(q[:, view], q),
+            _rows(k, q),
+            _rows(v, q),
+            _rows(None if gate is None else gate[:, view], q),
+            _rows(None if q_labels is None else q_labels[:, view], q),
+            _rows(labels, q),
+            _rows(out[:, view], q),
+            _rows(lse[:, view], q),
+            _table(part.strides, q.device),
+            _table(part.block.heads, q.device),
+            Sizes(length, k.shape[1], heads, num_tiles, launch.shift(part)),
+            launch.scores(part),
+            launch.dropout_from(part.start),
+            OPTIONS=launch.options(part, sizes, merge=number > 0, shares=launch.share),
+            **launch_options(sizes),
+        )
+    return out, lse
+
+
+def pi_attention_bwd(
+    spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    """As `pi_dist.ops.reference.pi_attention_bwd`, but gradients of q and of the first block are in q's
+    dtype.
+
+    Those of other blocks, which travel back to their owners, are fp32.
+    """
+    batch, q_len, num_heads, _ = q.shape
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dgate = None if gate is None else torch.empty_like(gate)  # laid out as the gate
+    dkeys, dvalues = (
+        [
+            torch.empty(x.shape, dtype=torch.float32 if index else q.dtype, device=q.device)
+            for index, x in enumerate(tensors)
+        ]
+        for tensors in (keys, values)
+    )
+    q, dout = _dense_rows(q), _dense_rows(dout)
+    keys, values = [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
+    launch = _Launch(spec, q, gate, q_labels is not None)
+    touched: set[int] = set()
+    delta: torch.Tensor | None = None
+    parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
+    several = len(parts) > 1
+    weight, residual = (
+        (torch.empty_like(dgate), torch.empty_like(dgate)) if several and gate is not None else (dgate, dgate)
+    )
+    for number, part in enumerate(parts):
+        index = spec.blocks.index(part.block)
+        k, v, dk, dv = keys[index], values[index], dkeys[index], dvalues[index]
+        view = slice(part.start, part.stop)
+        band, length = part.band, part.stop - part.start
+        local = part.block.run == (spec.query_start, spec.query_start + q_len)
+        q_rows, dout_rows, out_rows, lse_rows = (_rows(x[:, view], q) for x in (q, dout, out, lse))
+        gate_rows = _rows(None if gate is None else gate[:, view], q)
+        gate_sums = [_rows(None if x is None else x[:, view], q) for x in (dgate, weight, residual)]
+        labels = (_rows(None if q_labels is None else q_labels[:, view], q), _rows(k_labels[index], q))
+        tables = (_table(part.strides, q.device), _table(part.block.heads, q.device))
+        scores, dropout, shift = launch.scores(part), launch.dropout_from(part.start), launch.shift(part)
+        kv_heads = len(part.block.heads)
+        first_of_block = index not in touched
+        touched.add(index)
+        # heads of one key/value head that differ in stride lie in different residue classes: one at a time
+        strides = launch.strides_of(part)
+        alike = band.kind != SKIP or all(
+            len(set(strides[h * launch.share : (h + 1) * launch.share])) == 1 for h in range(kv_heads)
+        )
+        if local and alike and band.left + band.right <= NARROW:
+            sizes = launch.block_sizes("narrow", part, length)
+            owned = sizes.block_m - band.left - band.right
+            num_tiles = launch.num_tiles(part, owned, length)
+            _narrow_kernel[(num_tiles * kv_heads * batch,)](
+                q_rows, _rows(k, q), _rows(v, q), gate_rows, *labels, out_rows, lse_rows, dout_rows,
+                tables[0], _rows(dq, q), _rows(dk, q), _rows(dv, q), *gate_sums,
+                Sizes(length, k.shape[1], kv_heads, num_tiles, 0), scores, dropout,
+                OPTIONS=launch.options(part, sizes, merge=number > 0, shares=launch.share, parts=several),
+                **launch_options(sizes),
+            )  # fmt: skip
+            continue
+        if delta is None:
+            delta = _delta(launch, part, out, dout)
+        shares = launch.share if alike else 1
+        key_sizes = launch.block_sizes("keys", part, k.shape[1])
+        query_sizes = launch.block_sizes("queries", part, length)
+        for first_share in range(0, launch.share, shares):
+            common = (
+                q_rows,
+                _rows(k, q),
+                _rows(v, q),
+                gate_rows,
+                *labels,
+                _rows(delta[:, view], q),
+                lse_rows,
+                dout_rows,
+                *tables,
+            )
+            num_tiles = launch.num_tiles(part, key_sizes.block_m, k.shape[1])
+            _keys_kernel[(num_tiles * kv_heads * batch,)](
+                *common, _rows(dk, q), _rows(dv, q), Sizes(length, k.shape[1], kv_heads, num_tiles, shift),
+                scores, dropout, first_share,
+                OPTIONS=launch.options( part, key_sizes, merge=not first_of_block or first_share > 0,
+                shares=shares ), **launch_options(key_sizes),
+            )  # fmt: skip
+            num_tiles = launch.num_tiles(part, query_sizes.block_m, length)
+            _queries_kernel[(num_tiles * kv_heads * shares * batch,)](
+                *common, _rows(dq[:, view], q), *gate_sums,
+                Sizes(length, k.shape[1], kv_heads * shares, num_tiles, shift), scores, dropout, first_share,
+                OPTIONS=launch.options(part, query_sizes, merge=number > 0, shares=shares, parts=several),
+                **launch_options(query_sizes),
+            )  # fmt: skip
+    for index in set(range(len(keys))) - touched:
+        dkeys[index].zero_()
+        dvalues[index].zero_()
+    if several and gate is not None:  # see `_store_gate`
+        dgate = (1 - 2 * GATE_EPSILON) * torch.addcmul(dgate, residual, weight, value=-1)
+    return dq, dkeys, dvalues, dgate
+
+
+def _delta(launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """Σ out·dout over D, [B, T, H] fp32."""
+    batch, length, num_heads, head_dim = out.shape
+    delta = torch.empty((batch, num_heads, length), dtype=torch.float32, device=out.device).transpose(1, 2)
+    sizes = Blocks(max(16, 4096 // triton.next_power_of_2(head_dim)), 16, 4, 1)
+    num_tiles = triton.cdiv(length, sizes.block_m)
+    _delta_kernel[(num_tiles * num_heads * batch,)](
+        _rows(out, out),
+        _rows(dout, out),
+        _rows(delta, out),
+        Sizes(length, length, num_heads, num_tiles, 0),
+        OPTIONS=launch.options(part, sizes, merge=False, shares=1),
+        num_warps=4,
+    )
+    return delta
