@@ -1,10 +1,11 @@
 """Records that ship: complete rows, and the README shows exactly their figures."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from pi_dist.measure.record import kept_records, markdown_table
+from pi_dist.measure.record import kept_records, markdown_table, write
 
 ROOT = Path(__file__).parents[1]
 STEP_ROW = {
@@ -19,6 +20,8 @@ STEP_ROW = {
     "reserved_mib",
 }
 STEP_ROW |= {"reach", "covered_share", "measured"}
+KERNEL_ROW = {"method", "direction", "batch", "tokens", "heads", "window", "strides", "num_skips", "head_dim"}
+KERNEL_ROW |= {"dtype", "ms", "floor_ms", "copy_share"}
 
 
 @pytest.mark.parametrize("name", kept_records())
@@ -26,6 +29,13 @@ def test_a_record_says_how_it_was_made(name):
     record = kept_records()[name]
     assert set(record) == {"command", "device", "versions", "settings", "rows"}
     assert {"torch", "deepspeed", "python"} <= set(record["versions"]) and record["rows"]
+    if "floor_ms" in record["rows"][0]:
+        copy = record["settings"]["copy_bytes_per_s"]
+        for row in record["rows"]:
+            assert set(row) >= KERNEL_ROW
+            assert row["times_floor"] == pytest.approx(row["ms"] / row["floor_ms"], rel=1e-2)
+            assert row["copy_share"] == pytest.approx(row["bytes"] / copy / row["ms"] * 1e3, rel=1e-2)
+        return
     for row in record["rows"]:
         assert set(row) >= STEP_ROW
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] * row["batch"] / row["ms"] * 1e3, rel=1e-3)
@@ -35,3 +45,17 @@ def test_a_record_says_how_it_was_made(name):
 @pytest.mark.parametrize("name", kept_records())
 def test_the_readme_shows_the_record(name):
     assert markdown_table(kept_records()[name]) in (ROOT / "README.md").read_text()
+
+
+def test_a_written_record_reads_back_the_same(tmp_path):
+    record = kept_records()["kernels_h200"]
+    write(record, str(tmp_path / "record.json"))
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+
+
+def test_floor_counts_each_tensor_once():
+    """The bytes of the floor: (2H+2H)·n·D·2 + 8nH forward, (4H+4H)·n·D·2 + 12nH backward."""
+    for row in kept_records()["kernels_h200"]["rows"]:
+        rows = row["batch"] * row["tokens"] * row["heads"]
+        factor, scalars = (8, 8) if row["direction"] == "forward" else (16, 12)
+        assert row["bytes"] == rows * (factor * row["head_dim"] + scalars)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pi_dist.config import ModelConfig
@@ -257,6 +259,54 @@ def draw_exchange(path: str | os.PathLike) -> None:
             linespacing=1.6,
         )
         _save(figure, path)
+
+
+def draw_kernels(record: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Times of the kernels in a record of `pi-dist bench kernel` over their floor, at 131,072 tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    content = json.loads(Path(record).read_text())
+    rows = [row for row in content["rows"] if row["tokens"] == 131072 and row["strides"] == "one"]
+    dims = sorted({row["head_dim"] for row in rows})
+    with plt.rc_context(_STYLE):
+        figure, grid = plt.subplots(
+            len(dims), 2, figsize=(9, 2.6 * len(dims) + 0.6), sharex=True, squeeze=False, layout="constrained"
+        )
+        for axes_of, dim in zip(grid, dims, strict=True):
+            for axes, direction in zip(axes_of, ("forward", "backward"), strict=True):
+                mine = [row for row in rows if row["head_dim"] == dim and row["direction"] == direction]
+                _draw_times(axes, mine)
+                axes.set_title(f"{direction}, head_dim {dim}", **_HEADING)
+        grid[0][0].legend(fontsize=8, frameon=False, ncols=2)
+        for axes in grid[-1]:
+            axes.set_xlabel("window k")
+        figure.suptitle(
+            f"{content['device']}, bf16, 131,072 tokens: time over the floor (1 = no kernel is faster)"
+        )
+        _save(figure, path)
+        plt.close(figure)
+
+
+def _draw_times(axes: Axes, rows: list[dict]) -> None:
+    """Bars by window and number of skips; crosses are FlexAttention with the same pattern."""
+    windows = sorted({row["window"] for row in rows})
+    for index, (skips, colour) in enumerate(zip((0, 1, 16, 64), _RANK_COLOURS, strict=True)):
+        for method, kind in (("pi", "bar"), ("flex", "cross")):
+            found = [r for r in rows if r["num_skips"] == skips and r["method"].startswith(method)]
+            x = [windows.index(r["window"]) + 0.2 * (index - 1.5) for r in found]
+            y = [r["times_floor"] for r in found]
+            if kind == "bar":
+                axes.bar(x, y, width=0.18, color=colour, label=f"M = {skips}")
+            elif found:
+                label = "FlexAttention" if index == 1 else None
+                axes.plot(x, y, "x", color=_INK, markersize=5, label=label)
+    axes.axhline(1, color=_QUIET, linewidth=0.8)
+    axes.set_xticks(range(len(windows)), windows)
+    axes.set_yscale("log")
+    axes.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 
 
 def main(arguments: list[str]) -> int:

@@ -92,8 +92,10 @@ def versions() -> dict[str, str]:
 
 
 def write(record: dict, path: str) -> None:
-    """Write a record as JSON."""
-    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+    """Write a record as JSON, a row a line."""
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in record["rows"])
+    Path(path).write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 COLUMNS = {
@@ -111,7 +113,9 @@ COLUMNS = {
 
 
 def markdown_table(record: dict) -> str:
-    """A record as the Markdown table that the README shows; reach stands beside the context."""
+    """A record as the Markdown table that the README shows; in a step's, reach stands beside the context."""
+    if "floor_ms" in record["rows"][0]:
+        return _kernel_table(record["rows"])
 
     def cell(value: object) -> str:
         if isinstance(value, float):
@@ -120,6 +124,28 @@ def markdown_table(record: dict) -> str:
 
     lines = [" | ".join(["", *COLUMNS.values(), ""]).strip(), "|---" * len(COLUMNS) + "|"]
     lines += [" | ".join(["", *(cell(row[key]) for key in COLUMNS), ""]).strip() for row in record["rows"]]
+    return "\n".join(lines)
+
+
+def _kernel_table(rows: list[dict]) -> str:
+    """Times at 131,072 tokens and head_dim 64, one stride: a line a window, a column a number of skips."""
+    wanted = [
+        row
+        for row in rows
+        if (row["tokens"], row["head_dim"], row["strides"]) == (131072, 64, "one")
+        and row["method"][:2] == "pi"
+    ]
+    windows, skips = (sorted({row[key] for row in wanted}) for key in ("window", "num_skips"))
+
+    def cell(window: int, num_skips: int) -> str:
+        of_cell = [row for row in wanted if (row["window"], row["num_skips"]) == (window, num_skips)]
+        ms = {row["direction"]: row for row in of_cell}
+        return " / ".join(
+            f"{ms[way]['ms']:.2f} ({ms[way]['times_floor']:.1f})" for way in ("forward", "backward")
+        )
+
+    lines = [" | ".join(["", "k", *(f"M = {m}" for m in skips), ""]).strip(), "|---" * (len(skips) + 1) + "|"]
+    lines += [" | ".join(["", str(k), *(cell(k, m) for m in skips), ""]).strip() for k in windows]
     return "\n".join(lines)
 
 

@@ -257,8 +257,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, _):
-    dq, dk, dv, dgate = torch.ops.pi_dist.pi_attention_bwd(*ctx.saved_tensors, dout, *ctx.options)
-    dgate = None if ctx.saved_tensors[3] is None else dgate
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    dq, dk, dv, dgate = torch.ops.pi_dist.pi_attention_bwd(*saved, dout, *ctx.options)
+    dgate = None if saved[3] is None else dgate
     return dq, dk, dv, dgate, *[None] * (2 + len(ctx.options))
 
 

@@ -138,13 +138,18 @@ class _Launch:
     """The arguments that the launches of one call share."""
 
     def __init__(
-        self, spec: AttentionSpec, q: torch.Tensor, gate: torch.Tensor | None, has_labels: bool
+        self,
+        spec: AttentionSpec,
+        tensors: list[torch.Tensor],
+        gate: torch.Tensor | None,
+        has_labels: bool,
     ) -> None:
+        q = tensors[0]
         self.spec, self.gate = spec, gate
         self.num_heads, self.head_dim = q.shape[2:]
         self.share = self.num_heads // spec.num_kv_heads
         self.element_bytes = q.element_size()
-        self.token_stride = max(q.stride(1), 3 * self.num_heads * self.head_dim)
+        self.token_stride = max(self.num_heads * self.head_dim, *(x.stride(1) for x in tensors))
         self.dropout = Dropout(
             _signed(spec.seed),
             _signed(spec.seed >> 32),
@@ -234,7 +239,7 @@ def pi_attention_fwd(spec, q, keys, values, gate, q_labels, k_labels) -> tuple[t
     batch, q_len, num_heads, _ = q.shape
     lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
     q, keys, values = _dense_rows(q), [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
-    launch = _Launch(spec, q, gate, q_labels is not None)
+    launch = _Launch(spec, [q, *keys, *values], gate, q_labels is not None)
     parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
     for number, part in enumerate(parts):
         index = spec.blocks.index(part.block)
@@ -284,7 +289,7 @@ def pi_attention_bwd(
     )
     q, dout = _dense_rows(q), _dense_rows(dout)
     keys, values = [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
-    launch = _Launch(spec, q, gate, q_labels is not None)
+    launch = _Launch(spec, [q, dout, *keys, *values], gate, q_labels is not None)
     touched: set[int] = set()
     delta: torch.Tensor | None = None
     parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
@@ -312,9 +317,12 @@ def pi_attention_bwd(
         alike = band.kind != SKIP or all(
             len(set(strides[h * launch.share : (h + 1) * launch.share])) == 1 for h in range(kv_heads)
         )
-        if local and alike and band.left + band.right <= NARROW:
+        margins = [triton.cdiv(steps, 16) * 16 for steps in (band.left, band.right)]
+        if local and alike and sum(margins) <= NARROW:
+            # margins of whole 16 steps: one kernel for windows from 1 to 16, and aligned tiles
+            part = replace(part, band=replace(band, left=margins[0], right=margins[1]))
             sizes = launch.block_sizes("narrow", part, length)
-            owned = sizes.block_m - band.left - band.right
+            owned = sizes.block_m - sum(margins)
             num_tiles = launch.num_tiles(part, owned, length)
             _narrow_kernel[(num_tiles * kv_heads * batch,)](
                 q_rows, _rows(k, q), _rows(v, q), gate_rows, *labels, out_rows, lse_rows, dout_rows,

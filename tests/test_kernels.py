@@ -1,0 +1,650 @@
+"""The Triton kernels against the dense fp64 oracle, on a GPU if there is one, else interpreted."""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# Triton's interpreter, for machines without a GPU. `triton.jit` looks at this when it decorates, so before
+# the first import of a kernel.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
+from pi_dist.kernels import block_sizes
+from pi_dist.kernels.block_sizes import Blocks
+from pi_dist.ops import PiPattern, pi_attention, triton_backend
+from pi_dist.ops.oracle import pi_attention_oracle
+from pi_dist.ops.pi_attention import token_labels
+from pi_dist.ops.spec import AttentionSpec
+from pi_dist.parallel.exchange_plan import make_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ("_pi_attention_fwd_kernel", "_narrow_kernel", "_keys_kernel", "_queries_kernel")
+RING, SKIP, BOTH = triton_backend.RING, triton_backend.SKIP, triton_backend.BOTH
+
+
+def triton_attention(*inputs, **options):
+    return pi_attention(*inputs, backend="triton", **options)
+
+
+def draw_inputs(
+    seed, batch=1, q_len=40, k_len=None, heads=2, kv_heads=1, head_dim=4, gated=True, dtype=torch.float32
+):
+    """([q, k, v, gate], dout): values that `dtype` holds exactly, gates between 0.05 and 0.95."""
+    generator = torch.Generator().manual_seed(seed)
+    k_len = q_len if k_len is None else k_len
+
+    def draw(length, heads):
+        return torch.randn(batch, length, heads, head_dim, generator=generator).to(dtype).to(DEVICE)
+
+    q, k, v = draw(q_len, heads), draw(k_len, kv_heads), draw(k_len, kv_heads)
+    gate = 0.05 + 0.9 * torch.rand(batch, q_len, heads, generator=generator)
+    return [q, k, v, gate.to(DEVICE) if gated else None], draw(q_len, heads)
+
+
+def results(function, inputs, dout, pattern, dtype=None, **options):
+    """[out, dq, dk, dv, dgate if there is a gate], of q, k, v in `dtype`, the gate in fp32 or fp64."""
+    dtype = inputs[0].dtype if dtype is None else dtype
+    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [
+        None if x is None else x.detach().to(gate_dtype if index == 3 else dtype).requires_grad_()
+        for index, x in enumerate(inputs)
+    ]
+    out = function(*leaves, pattern, **options)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in leaves if x is not None], dout.to(out.dtype))]
+
+
+def assert_close(found, expected, relative=2e-5, absolute=1e-5):
+    """Relative L2 distance; the floor is for sums of O(1) terms that are 0 in exact arithmetic."""
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        error = (a.double() - b.double()).norm().item()
+        limit = relative * b.double().norm().item() + absolute * b.numel() ** 0.5
+        assert error <= limit, (
+            f"tensor {index}: error {error:.2e} <= {limit:.2e} does not hold"
+        )  # NaN fails too
+
+
+def check(inputs, dout, pattern, **options):
+    """The kernels equal the oracle, gradients included."""
+    found = results(triton_attention, inputs, dout, pattern, **options)
+    assert_close(found, results(pi_attention_oracle, inputs, dout, pattern, torch.float64, **options))
+
+
+@contextlib.contextmanager
+def tiles(sizes):
+    """Tiles as small as (block_m, block_n) where the band allows: many edges in short sequences."""
+
+    def small(kernel, kind, band, head_dim, element_bytes):
+        entry = block_sizes.blocks(kernel, kind, band, head_dim, element_bytes)
+        power = 1 << (2 * band).bit_length()  # above 2·band
+        block_m = max(sizes[0], power if kernel == "narrow" else 0)
+        return Blocks(block_m, sizes[1], 4, 1, halo=entry.halo and max(16, power // 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if sizes is not None:
+            patch.setattr(triton_backend, "blocks", small)
+        yield
+
+
+@contextlib.contextmanager
+def spied(run=True):
+    """The launches inside, as (kernel, positional arguments, grid, Options)."""
+    launches = []
+
+    def spy(name, kernel):
+        def at(_, grid):
+            def launch(*arguments, **keywords):
+                launches.append((name, arguments, grid, keywords["OPTIONS"]))
+                if run:
+                    kernel[grid](*arguments, **keywords)
+
+            return launch
+
+        return type("Spy", (), {"__getitem__": at})()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*KERNELS, "_delta_kernel"):
+            patch.setattr(triton_backend, name, spy(name, getattr(triton_backend, name)))
+        patch.setattr(triton_backend, "check_usable", lambda q: None)  # it looks at the kernel's type
+        yield launches
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_interpreter():
+    """The interpreter patches `triton.language` anew at every call inside a kernel; here, once a launch."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_lang, all_of_it = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def once(_):
+        return patch_lang(all_of_it) if tl.core.is_builtin(tl.load) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned_memory():
+    """Fresh tensors of the backend are NaN in every test here, so that each element must be written."""
+
+    class Torch:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def empty(self, *arguments, **keywords):
+            return torch.empty(*arguments, **keywords).fill_(float("nan"))
+
+        def empty_like(self, *arguments, **keywords):
+            return torch.empty_like(*arguments, **keywords).fill_(float("nan"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "torch", Torch())
+        yield
+
+
+@st.composite
+def cases(draw):
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    num_skips = draw(st.sampled_from([0, 1, 1, 2, 5, 16]))
+    largest = 60 if num_skips <= 1 else 5  # a stride has as many residue classes, each a program here
+    pattern = PiPattern(
+        window=draw(st.integers(0, 20) | st.integers(0, 100)),
+        strides=draw(
+            st.integers(1, largest)
+            | st.lists(st.integers(1, largest), min_size=heads, max_size=heads).map(tuple)
+        ),
+        causal=draw(st.booleans()),
+        include_self=draw(st.booleans()),
+        num_skips=num_skips,
+    )
+    length = draw(st.integers(1, 70))
+    k_len, options = length, {"logit_cap": draw(st.sampled_from([20.0, 0.5, None]))}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    match draw(st.sampled_from(["plain", "segments", "padding", "both", "positions"])):
+        case "positions":
+            k_len, base = draw(st.integers(1, 70)), draw(st.sampled_from([0, 2**33]))
+            options["query_start"] = base + draw(st.integers(0, 40))
+            options["key_start"] = base + draw(st.integers(0, 40))
+        case kind:
+            if kind in ("segments", "both"):
+                options["segment_ids"] = (
+                    torch.randint(0, 3, (1, length), generator=generator).sort(dim=1).values.to(DEVICE)
+                )
+            if kind in ("padding", "both"):
+                options["padding_mask"] = (torch.rand(1, length, generator=generator) < 0.7).to(DEVICE)
+    if draw(st.booleans()):
+        options |= {
+            "dropout_p": 0.3,
+            "seed": draw(st.integers(0, 2**63 - 1)),
+            "row_start": draw(st.integers(0, 2**40)),
+        }
+    inputs, dout = draw_inputs(
+        draw(st.integers(0, 99)),
+        1,
+        length,
+        k_len,
+        heads,
+        kv_heads,
+        draw(st.sampled_from([4, 16, 24])),
+        draw(st.booleans()),
+    )
+    sizes = draw(st.sampled_from([None, (16, 16), (32, 16), (16, 32)]))
+    return inputs, dout, pattern, options, sizes
+
+
+@settings(max_examples=22)
+@given(cases())
+def test_kernels_equal_the_dense_oracle_and_its_gradients(case):
+    inputs, dout, pattern, options, sizes = case
+    with tiles(sizes):
+        check(inputs, dout, pattern, **options)
+
+
+def wide(kind, shifts=0):
+    """The launches of a band whose backward takes two kernels."""
+    kernels = ("_pi_attention_fwd_kernel", "_keys_kernel", "_queries_kernel")
+    return {(kernel, kind, shifts) for kernel in kernels}
+
+
+def narrow(kind, shifts=0):
+    """The launches of a band whose backward is one tile."""
+    return {(kernel, kind, shifts) for kernel in ("_pi_attention_fwd_kernel", "_narrow_kernel")}
+
+
+BOTH_WAYS = {"causal": False}
+# pattern, query heads, key/value heads, length, launches as (kernel, band, far skips done row by row)
+LAUNCHES = {
+    "window": (PiPattern(9, 3, num_skips=3), 1, 1, 120, narrow(RING)),
+    "window both ways": (PiPattern(16, 3, num_skips=3, **BOTH_WAYS), 1, 1, 100, narrow(RING)),
+    "widest narrow window": (PiPattern(32, 40, num_skips=0), 1, 1, 70, narrow(RING)),
+    "one near skip": (PiPattern(4, 17), 2, 1, 100, narrow(BOTH)),
+    "near skips": (PiPattern(2, 5, num_skips=6), 1, 1, 80, narrow(BOTH)),
+    "near skips, one head's inside the window": (PiPattern(6, (3, 11)), 2, 1, 80, narrow(BOTH)),
+    "near skips both ways": (PiPattern(2, 4, num_skips=4, **BOTH_WAYS), 1, 1, 90, narrow(BOTH)),
+    "wide near skips both ways": (PiPattern(8, (12, 5), num_skips=2, **BOTH_WAYS), 2, 1, 100, wide(BOTH)),
+    "one far skip": (PiPattern(4, 70), 1, 1, 150, narrow(RING, 1)),
+    "one far skip, strides differ in a key head": (PiPattern(4, (35, 70)), 2, 1, 110, narrow(RING, 1)),
+    "one far skip both ways": (PiPattern(4, (35, 70), **BOTH_WAYS), 2, 1, 110, narrow(RING, 1)),
+    "far skip of a wide window": (PiPattern(100, (90, 110)), 2, 1, 170, wide(RING, 1)),
+    "far skip of a wide window both ways": (PiPattern(60, (90, 70), **BOTH_WAYS), 2, 1, 130, wide(RING, 1)),
+    "many skips": (PiPattern(2, 3, num_skips=16), 1, 1, 110, narrow(RING) | narrow(SKIP)),
+    "many skips both ways": (
+        PiPattern(2, 3, num_skips=16, **BOTH_WAYS), 1, 1, 110, narrow(RING) | narrow(SKIP),
+    ),
+    "many skips, strides differ between key heads": (
+        PiPattern(0, (2, 2, 5, 5), num_skips=8), 4, 2, 45, narrow(RING) | narrow(SKIP),
+    ),
+    "many skips, strides differ in a key head": (
+        PiPattern(4, (3, 5), num_skips=7), 2, 1, 50, narrow(RING) | wide(SKIP),
+    ),
+    "many skips, strides differ in a key head, both ways": (
+        PiPattern(4, (3, 5), num_skips=7, **BOTH_WAYS), 2, 1, 50, narrow(RING) | wide(SKIP),
+    ),
+    "skips alone": (PiPattern(0, 4, include_self=False, num_skips=9), 2, 1, 70, narrow(SKIP)),
+    "wide skips alone": (PiPattern(0, 2, include_self=False, num_skips=100), 1, 1, 330, wide(SKIP)),
+    "wide skips both ways": (
+        PiPattern(1, 2, num_skips=40, **BOTH_WAYS), 1, 1, 170, narrow(RING) | wide(SKIP),
+    ),
+    "wide window": (PiPattern(130, 7, num_skips=5), 1, 1, 230, wide(RING)),
+    "wide window both ways": (PiPattern(130, 7, num_skips=5, **BOTH_WAYS), 1, 1, 200, wide(RING)),
+    "wide window without self": (PiPattern(130, 7, True, False, 5), 1, 1, 200, wide(RING)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_kind_of_launch(name):
+    """With the shipped tile sizes; the recorded launches show that the case is what its name says."""
+    pattern, heads, kv_heads, length, expected = LAUNCHES[name]
+    inputs, dout = draw_inputs(1, 1, length, None, heads, kv_heads)
+    with spied() as launches:
+        check(inputs, dout, pattern)
+    assert {
+        (kernel, options.kind, options.shifts)
+        for kernel, *_, options in launches
+        if kernel != "_delta_kernel"
+    } == expected
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "include_self", "shift"),
+    [
+        (33, True, True, 0),
+        (46, True, True, 0),
+        (46, False, True, 0),
+        (47, True, True, 0),
+        (47, False, False, 0),
+        (48, True, False, 0),
+        (48, True, False, 15),
+        (46, False, True, 15),
+        (49, True, False, -15),
+    ],
+)
+def test_tile_edges_of_a_wide_window(window, causal, include_self, shift):
+    """Tiles of 16 that are full or whose last column matters, if the loops' limits are right to the token.
+
+    Queries begin `shift` tokens after the keys.
+    """
+    inputs, dout = draw_inputs(2, 1, 66, None, 1, 1)
+    starts = {"query_start": 20 + shift, "key_start": 20}
+    with tiles((16, 16)):
+        check(inputs, dout, PiPattern(window, 1, causal, include_self, 0), **starts)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 3])
+def test_tile_edges_of_many_skips(window, causal):
+    """48 skips of stride 2, the first inside the window or not: two residue classes of several tiles."""
+    inputs, dout = draw_inputs(3, 1, 110, None, 1, 1)
+    with tiles((16, 16)):
+        check(inputs, dout, PiPattern(window, 2, causal, window > 0, 48))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
+def test_lengths_around_a_tile(length):
+    inputs, dout = draw_inputs(4, 2, length, None, 1, 1)
+    for pattern in (PiPattern(3, 33), PiPattern(1, 2, False, num_skips=17)):
+        check(inputs, dout, pattern)
+
+
+def test_memory_is_poisoned_and_every_element_written():
+    """Empty neighbourhoods and padding give exact zeros, not what the memory held."""
+    assert triton_backend.torch.empty(2).isnan().all()
+    assert triton_backend.torch.empty_like(torch.zeros(2)).isnan().all()
+    inputs, dout = draw_inputs(5)
+    for pattern in (
+        PiPattern(0, 50, include_self=False, num_skips=0),
+        PiPattern(2, 37, include_self=False),
+        PiPattern(0, 2, include_self=False, num_skips=17),
+    ):
+        found = results(triton_attention, inputs, dout, pattern)
+        assert all(torch.isfinite(x).all() for x in found)
+        assert all((found[index][:, 0] == 0).all() for index in (0, 1, 4))  # the first query sees nothing
+    nothing = torch.zeros(1, 40, dtype=torch.bool, device=DEVICE)
+    for pattern in (PiPattern(2, 4), PiPattern(40, 50), PiPattern(2, 3, num_skips=11)):
+        found = results(triton_attention, inputs, dout, pattern, padding_mask=nothing)
+        assert all((x == 0).all() for x in found)
+
+
+def test_gates_at_their_ends():
+    """α = 0 and 1 are squeezed: finite, and as near the oracle as fp32 holds 1-α near 1."""
+    inputs, dout = draw_inputs(6)
+    inputs[3] = (inputs[3] > 0.5).float()
+    for pattern in (PiPattern(3, 7), PiPattern(2, 3, num_skips=11)):
+        found = results(triton_attention, inputs, dout, pattern)
+        expected = results(pi_attention_oracle, inputs, dout, pattern, torch.float64)
+        assert_close(found, expected, relative=2e-3)
+
+
+def test_labels_of_queries_and_keys_of_different_lengths():
+    """As the reference in fp64, which tests/test_pi_attention.py compares with the oracle."""
+    inputs, dout = draw_inputs(7, 2, 33, 47, 1, 1)
+    generator = torch.Generator().manual_seed(7)
+    segments = torch.randint(-1, 2, (2, 60), generator=generator).to(DEVICE)
+    options = {"query_start": 20, "key_start": 5, "segment_ids": (segments[:, 20:53], segments[:, 5:52])}
+    for pattern in (PiPattern(3, 24, False), PiPattern(3, 3, num_skips=11), PiPattern(50, 3)):
+        found = results(triton_attention, inputs, dout, pattern, **options)
+        reference = results(
+            pi_attention, inputs, dout, pattern, torch.float64, backend="reference", **options
+        )
+        assert_close(found, reference)
+
+
+@pytest.fixture
+def far_is_near(monkeypatch):
+    """Skips count as far beyond 8 tokens instead of 32, so that short sequences have all bands."""
+    monkeypatch.setattr(triton_backend, "NEAR_SKIPS", 8)
+    triton_backend._parts.cache_clear()
+    yield
+    triton_backend._parts.cache_clear()
+
+
+def on_ranks(inputs, dout, pattern, labels, num_ranks, options):
+    """[out, dq, dk, dv, dgate] of the whole sequence, from ranks that hold shards and received rows."""
+    q, k, v, gate = inputs
+    parts, dk, dv = [], torch.zeros_like(k, dtype=torch.float64), torch.zeros_like(v, dtype=torch.float64)
+    for rank in range(num_ranks):
+        plan = make_plan(pattern, q.shape[2], k.shape[2], q.shape[1], num_ranks, rank)
+        spec = AttentionSpec(
+            pattern, k.shape[2], plan.blocks, q.shape[3] ** -0.5, options["logit_cap"], options["dropout_p"],
+            options["seed"], plan.shard.start, options["row_start"],
+        )  # fmt: skip
+        mine = slice(*plan.shard)
+        keys, values = (
+            [x[:, slice(*block.run)][:, :, list(block.heads)] for block in plan.blocks] for x in (k, v)
+        )
+        k_labels = [None if labels is None else labels[:, slice(*block.run)] for block in plan.blocks]
+        q_labels = None if labels is None else labels[:, mine]
+        of_queries = (q[:, mine], keys, values, gate[:, mine], q_labels, k_labels)
+        out, lse = triton_backend.pi_attention_fwd(spec, *of_queries)
+        dq, dkeys, dvalues, dgate = triton_backend.pi_attention_bwd(
+            spec, *of_queries, out, lse, dout[:, mine]
+        )
+        parts.append((out, dq, dgate))
+        for whole, gradients in ((dk, dkeys), (dv, dvalues)):
+            assert [x.dtype for x in gradients] == [q.dtype] + [torch.float32] * (len(keys) - 1)
+            for block, gradient in zip(plan.blocks, gradients, strict=True):
+                for index, head in enumerate(block.heads):
+                    whole[:, slice(*block.run), head] += gradient[:, :, index]
+    out, dq, dgate = (torch.cat(of_ranks, dim=1) for of_ranks in zip(*parts, strict=True))
+    return [out, dq, dk, dv, dgate]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "heads", "kv_heads"),
+    [
+        (PiPattern(3, 7), 2, 1),
+        (PiPattern(3, 10), 1, 1),
+        (PiPattern(4, (5, 11), causal=False), 2, 2),
+        (PiPattern(1, (2, 4), num_skips=3), 2, 1),
+        (PiPattern(1, (2, 2, 5, 5), causal=False, num_skips=3), 4, 2),
+        (PiPattern(0, 4, include_self=False, num_skips=3), 1, 1),
+        (PiPattern(8, 12), 1, 1),
+        (PiPattern(20, 25, causal=False), 1, 1),
+    ],
+    ids=str,
+)
+def test_shards_with_received_rows_equal_the_whole_sequence(pattern, heads, kv_heads, far_is_near):
+    """Several key blocks, of all heads or of one group of heads: three ranks played by one process."""
+    inputs, dout = draw_inputs(8, 1, 21, None, heads, kv_heads)
+    options = {"logit_cap": 20.0, "dropout_p": 0.25, "seed": 2**40 + 3, "row_start": 2**34}
+    labels = None
+    if heads < 4:
+        segments = torch.tensor([[0] * 9 + [1] * 12], device=DEVICE)
+        padding = torch.rand(1, 21, generator=torch.Generator().manual_seed(8)).to(DEVICE) < 0.8
+        labels = token_labels(segments, padding)
+    masks = {} if labels is None else {"segment_ids": labels, "padding_mask": labels >= 0}
+    expected = results(pi_attention_oracle, inputs, dout, pattern, torch.float64, **options, **masks)
+    assert_close(on_ranks(inputs, dout, pattern, labels, 3, options), expected)
+
+
+def test_gradients_of_received_rows_are_fp32_for_fp16_inputs():
+    inputs, dout = draw_inputs(9, 1, 18, None, 2, 2, dtype=torch.float16)
+    options = {"logit_cap": 20.0, "dropout_p": 0.0, "seed": 0, "row_start": 0}
+    pattern = PiPattern(3, (4, 7))
+    expected = results(pi_attention_oracle, inputs, dout, pattern, torch.float64)
+    assert_close(on_ranks(inputs, dout, pattern, None, 3, options), expected, relative=2e-3)
+
+
+@pytest.mark.parametrize(
+    "pattern", [PiPattern(4, 35), PiPattern(36, 3), PiPattern(2, 3, num_skips=11)], ids=str
+)
+def test_strided_inputs_are_read_in_place(pattern):
+    """Views of a fused projection amid NaN, a transposed gate, dout of any layout: equal bits, no copies."""
+    (q, k, v, gate), dout = draw_inputs(10, 2, 40, None, 2, 1)
+    contiguous = results(triton_attention, (q, k, v, gate), dout, pattern)
+    fused = torch.full((2, 42, 4, 4), float("nan"), device=DEVICE)
+    fused[:, 1:-1] = torch.cat([q, k, v], dim=2)
+    views = [fused[:, 1:-1, heads] for heads in (slice(0, 2), slice(2, 3), slice(3, 4))]
+    views.append(gate.transpose(1, 2).contiguous().transpose(1, 2))
+    with spied() as launches:
+        strided = results(triton_attention, views, dout.transpose(1, 2).contiguous().transpose(1, 2), pattern)
+    assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True))
+    calls = [arguments for name, arguments, *_ in launches if name in KERNELS]
+    assert len(calls) >= 2
+    for arguments in calls:
+        for given_, rows in zip(views, arguments[:4], strict=True):
+            assert rows.ptr.data_ptr() == given_.data_ptr()
+            assert (rows.batch, rows.token, rows.head) == given_.stride()[:3]
+    if pattern.window > 4:
+        return
+    for layout in (torch.ones(1, device=DEVICE).expand_as(dout), dout[..., :1].expand_as(dout)):
+        expanded = results(triton_attention, (q, k, v, gate), layout, pattern)
+        dense = results(triton_attention, (q, k, v, gate), layout.contiguous(), pattern)
+        assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_runs_are_equal_bit_by_bit(dtype):
+    inputs, dout = draw_inputs(11, 1, 40, dtype=dtype)
+    for pattern in (PiPattern(2, 35), PiPattern(3, (2, 3), False, num_skips=12), PiPattern(40, 2)):
+        first, second = (
+            results(triton_attention, inputs, dout, pattern, dropout_p=0.1, seed=5) for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        PiPattern(4, 16, num_skips=2),
+        PiPattern(16, 40),
+        PiPattern(32, 5, num_skips=0),
+        PiPattern(40, 3, num_skips=15),
+        PiPattern(2, 3, False, num_skips=12),
+    ],
+    ids=str,
+)
+def test_low_precision_errs_no_more_than_plain_pytorch(pattern, dtype):
+    """Against fp64: at most 1.5 times the error of the same formula in plain PyTorch, and a rounding."""
+    inputs, dout = draw_inputs(12, 1, 80, None, 2, 1, 16, dtype=dtype)
+    exact = results(pi_attention_oracle, inputs, dout, pattern, torch.float64)
+    plain = results(pi_attention_oracle, inputs, dout, pattern)
+    found = results(triton_attention, inputs, dout, pattern)
+    slack = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    for index, (expected, eager, ours) in enumerate(zip(exact, plain, found, strict=True)):
+        scale = expected.norm() + 1e-3 * expected.numel() ** 0.5  # the gradient of a gate without skips is 0
+        eager_error, our_error = ((x.double() - expected).norm() / scale for x in (eager, ours))
+        assert our_error <= 1.5 * eager_error + slack, f"tensor {index}"
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_compiled_graph_is_whole_and_equal(backend):
+    inputs, dout = draw_inputs(13, 1, 30)
+
+    def scaled(q, k, v, gate, pattern, **options):
+        return 2 * pi_attention(
+            q + 1, k, v, gate * 0.5, pattern, backend=backend, dropout_p=0.1, seed=3, **options
+        )
+
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    segments = torch.tensor([[0] * 12 + [1] * 18], device=DEVICE)
+    for pattern in (PiPattern(2, 12), PiPattern(40, 2)):
+        eager, ours = (
+            results(function, inputs, dout, pattern, segment_ids=segments) for function in (scaled, compiled)
+        )
+        assert_close(ours, eager, relative=1e-6, absolute=1e-7)
+
+
+def operator_arguments(backend, gate_layout):
+    """Arguments of the two registered operators, forward and backward, for one call."""
+    (q, k, v, gate), dout = draw_inputs(14, 1, 12)
+    if gate_layout == "transposed":
+        gate = gate.transpose(1, 2).contiguous().transpose(1, 2)
+    labels = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32, device=DEVICE)
+    tensors = [None if gate_layout == "none" and x is gate else x for x in (q, k, v, gate, labels, labels)]
+    options = (2, [3, 5], True, True, 1, 0.5, 20.0, 0.2, 7, 0, 0, 0, backend)
+    out, lse = torch.ops.pi_dist.pi_attention_fwd(*tensors, *options)
+    leaves = [x if x is None or x.dtype == torch.int32 else x.detach().requires_grad_() for x in tensors]
+    return (*leaves, *options), (*tensors, out, lse, dout, *options)
+
+
+@pytest.mark.parametrize("gate_layout", ["contiguous", "transposed", "none"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_registered_operators_are_what_they_say(backend, gate_layout):
+    """Schema, strides of the fake tensors and autograd registration: what torch.compile builds upon."""
+    forward, backward = operator_arguments(backend, gate_layout)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.pi_dist.pi_attention_fwd.default, forward, test_utils=checks)
+    torch.library.opcheck(torch.ops.pi_dist.pi_attention_bwd.default, backward, test_utils=checks[:2])
+
+
+def test_activation_checkpointing_gives_equal_gradients():
+    inputs, dout = draw_inputs(15, 1, 30)
+
+    def checkpointed(*arguments, **options):
+        return torch.utils.checkpoint.checkpoint(triton_attention, *arguments, use_reentrant=False, **options)
+
+    pattern, options = PiPattern(2, 3, num_skips=11), {"dropout_p": 0.2, "seed": 9}
+    plain, ours = (
+        results(function, inputs, dout, pattern, **options) for function in (triton_attention, checkpointed)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def refusals(interpret: str | None) -> dict[str, str]:
+    """What a fresh process without a GPU answers to backend="triton", by dtype and head_dim."""
+    script = """
+import torch
+from pi_dist.ops import PiPattern, pi_attention
+for name, dim in (("float32", 4), ("float64", 4), ("bfloat16", 4), ("float32", 257)):
+    x = torch.zeros(1, 3, 1, dim, dtype=getattr(torch, name))
+    try:
+        pi_attention(x, x, x, None, PiPattern(1, 2), backend="triton")
+        print(name, dim, "accepted", sep="|")
+    except ValueError as error:
+        print(name, dim, error, sep="|")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} | (
+        {} if interpret is None else {"TRITON_INTERPRET": interpret}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    fields = (line.split("|", 2) for line in done.stdout.splitlines())
+    return {f"{name}.{dim}": answer for name, dim, answer in fields}
+
+
+def test_a_backend_that_cannot_be_used_is_refused_with_the_reason():
+    without_gpu = refusals(None)
+    assert len(without_gpu) == 4 and all("needs a GPU" in answer for answer in without_gpu.values())
+    interpreted = refusals("1")
+    assert interpreted["float32.4"] == "accepted"
+    assert "float64" in interpreted["float64.4"] and "does not hold" in interpreted["float64.4"]
+    assert "bfloat16" in interpreted["bfloat16.4"]
+    assert "head_dim (257)" in interpreted["float32.257"]
+    inputs, _ = draw_inputs(16, 1, 3)
+    with pytest.raises(ValueError, match=r"backend \('cuda'\) in \('auto', 'triton', 'reference'\)"):
+        pi_attention(*inputs, PiPattern(1, 2), backend="cuda")
+
+
+def is_tile(size: int) -> bool:
+    return size >= 16 and size & (size - 1) == 0
+
+
+def test_the_table_of_tile_sizes_has_every_entry_that_is_asked_for():
+    asked = set()
+    widths = (1, 64, 65, 128, 129, 256)
+    for kernel, kind, head_dim in itertools.product(block_sizes.KERNELS, block_sizes.KINDS, widths):
+        widest = triton_backend.NARROW if kernel == "narrow" else 1000
+        for band, element_bytes in itertools.product(range(widest + 1), (2, 4)):
+            asked.add(block_sizes.key(kernel, kind, band, head_dim))
+            sizes = block_sizes.blocks(kernel, kind, band, head_dim, element_bytes)
+            assert is_tile(sizes.block_m) and is_tile(sizes.block_n)
+            if kernel == "narrow":
+                assert sizes.block_m > band, f"a tile owns no token: band {band}, {element_bytes} bytes"
+            if sizes.halo:
+                assert kernel == "fwd" and is_tile(sizes.halo) and sizes.halo >= band
+    assert asked == set(block_sizes.table())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiles_of_every_launch_hold_their_band_and_own_something(dtype):
+    """Launches are recorded, not run: windows and numbers of skips up to 40, both directions."""
+    (q, k, v, gate), dout = draw_inputs(17, 1, 2000, None, 1, 1, dtype=dtype)
+    lse = torch.zeros(1, 2000, 1, device=DEVICE)
+    sizes = (0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40)
+    for window, num_skips, causal in itertools.product(sizes, sizes, (True, False)):
+        for stride, length in itertools.product((1, 3, 50), (1, 100, 2000)):
+            pattern = PiPattern(window, stride, causal, True, num_skips)
+            plan = make_plan(pattern, 1, 1, length, 1, 0)
+            spec = AttentionSpec(pattern, 1, plan.blocks, 0.5, 20.0, 0.0, 0, 0, 0)
+            tensors = [q[:, :length], [k[:, :length]], [v[:, :length]], gate[:, :length], None, [None]]
+            with spied(run=False) as launches:
+                triton_backend.pi_attention_fwd(spec, *tensors)
+                triton_backend.pi_attention_bwd(
+                    spec, *tensors, q[:, :length], lse[:, :length], dout[:, :length]
+                )
+            for kernel, _, grid, options in launches:
+                assert grid[0] >= 1 and is_tile(options.block_m) and is_tile(options.block_n)
+                if kernel == "_narrow_kernel":
+                    assert options.block_m > options.left + options.right, (pattern, length)
+                if options.halo:
+                    assert options.halo >= max(options.left, options.right), (pattern, length)
+
+
+def test_a_saved_table_reads_back_the_same(tmp_path, monkeypatch):
+    entries = block_sizes.table()
+    changed = entries | {"fwd.ring.64.16": replace(entries["fwd.ring.64.16"], num_stages=9, max_registers=96)}
+    before = block_sizes.TABLE.read_text("utf-8")
+    block_sizes.save(changed, tmp_path / "table.json")
+    monkeypatch.setattr(block_sizes, "TABLE", tmp_path / "table.json")
+    assert block_sizes.table.__wrapped__() == changed != entries
+    block_sizes.save(entries, tmp_path / "table.json")
+    assert (tmp_path / "table.json").read_text("utf-8") == before
