@@ -94,6 +94,9 @@ def _parts(
 ) -> tuple[_Part, ...]:
     """The launches of a call, in order; the first covers all queries, and the rest those that need it."""
     share, all_strides = num_heads // num_kv_heads, pattern.head_strides(num_heads)
+    far = max(all_strides) * max(1, pattern.num_skips)
+    if far >= 2**31:
+        raise ValueError(f"backend 'triton': num_skips · stride ({far}) < 2^31 does not hold")
     if blocks_[0].heads != tuple(range(num_kv_heads)):
         raise ValueError(f"heads of the first block ({blocks_[0].heads}) == all heads does not hold")
     parts = []
@@ -177,12 +180,14 @@ class _Launch:
         self, part: _Part, sizes: Blocks, *, merge: bool, shares: int, parts: bool = False
     ) -> Options:
         band, pattern, spec = part.band, self.spec.pattern, self.spec
+        steps = sizes.block_m + sizes.block_n + band.left + band.right  # more than a tile spans
+        span = steps * self.token_stride * (max(self.strides_of(part)) if band.kind == SKIP else 1)
         return Options(
             kind=band.kind,
             left=band.left,
             right=band.right,
             halo=sizes.halo,
-            long_steps=band.kind == SKIP and self.token_stride * max(self.strides_of(part)) * 1024 >= 2**31,
+            long_steps=span >= 2**31,
             shifts=band.shifts,
             causal=pattern.causal,
             include_self=pattern.include_self,
