@@ -3,8 +3,7 @@
 With P the probabilities after dropout and delta = Σ out·dout, `dl = P·(dout·v) - softmax·delta`.
 
 - A narrow band is one tile: block_m queries and the block_m keys around them give dq, dk, dv of the rows
-  whose whole
-  neighbourhood lies inside, so scores are computed once, and delta on the way.
+  whose whole neighbourhood lies inside, so scores are computed once, and delta on the way.
 - A wide band computes scores twice: keys loop over their queries for dk and dv, queries over their keys for
   dq.
 """
@@ -15,11 +14,14 @@ import triton
 import triton.language as tl
 
 from pi_dist.kernels.tiles import (
+    FULL_STRETCH,
     LOG2E,
     NOWHERE,
     RING,
     SKIP,
     Tokens,
+    along_columns,
+    along_rows,
     band_limits,
     clamped,
     decode,
@@ -30,6 +32,7 @@ from pi_dist.kernels.tiles import (
     load_rows,
     neighbours,
     of,
+    of_skips,
     query_hash,
     shifted,
     store,
@@ -69,10 +72,9 @@ def _no_sums(OPTIONS: tl.constexpr):
 
 @triton.jit
 def _dlogits(x, unclamped, ok, dp, delta, hashed, offset, scores, dropout, OPTIONS: tl.constexpr):
-    """(P after dropout, dlogits, softmax where the clamp passes, dlogits before the clamp), dlogits times the
-    scale.
+    """(P after dropout, dlogits, softmax where the clamp passes, dlogits before the clamp).
 
-    delta comes times the scale. From logits in base 2 less the query's lse, before and after the clamp.
+    dlogits and delta are times the scale. x and unclamped are logits in base 2 less the query's lse.
     """
     p = tl.where(ok, tl.exp2(x), 0.0)
     dropped = p
@@ -150,7 +152,7 @@ def _shifted(
     ok = ok & (tl.abs(offsets) > scores.window)
     if OPTIONS.has_labels:
         ok = ok & (q_labels == k_labels) & (q_labels >= 0)
-    x, unclamped = clamped(x, ok & False, priors.skip, priors.skip, priors.low, priors.high, scores, OPTIONS)
+    x, unclamped = clamped(x, ok & False, of_skips(priors), scores, OPTIONS)
     hashed = query_hash(dropout, batch, queries, head, OPTIONS)
     return _dlogits(x, unclamped, ok, dp, delta, hashed, offsets, scores, dropout, OPTIONS)
 
@@ -215,16 +217,7 @@ def _keys_tile(
     if OPTIONS.has_labels:
         q_label = load_labels(q_labels, queries, OPTIONS)
         ok = ok & (k_label[:, None] == q_label[None, :]) & (q_label >= 0)[None, :]
-    x, unclamped = clamped(
-        x,
-        ring,
-        priors.ring[None, :],
-        priors.skip[None, :],
-        priors.low[None, :],
-        priors.high[None, :],
-        scores,
-        OPTIONS,
-    )
+    x, unclamped = clamped(x, ring, along_columns(priors), scores, OPTIONS)
     dp = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
     dropped, passed, _, _ = _dlogits(
         x, unclamped, ok, dp, delta_rows[None, :],
@@ -259,16 +252,7 @@ def _queries_tile(
     if OPTIONS.has_labels:
         k_label = load_labels(k_labels, keys, OPTIONS)
         ok = ok & (q_label[:, None] == k_label[None, :]) & (q_label >= 0)[:, None]
-    x, unclamped = clamped(
-        x,
-        ring,
-        priors.ring[:, None],
-        priors.skip[:, None],
-        priors.low[:, None],
-        priors.high[:, None],
-        scores,
-        OPTIONS,
-    )
+    x, unclamped = clamped(x, ring, along_rows(priors), scores, OPTIONS)
     dp = tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee")
     _, passed, weight, dl = _dlogits(
         x, unclamped, ok, dp, delta[:, None], hashed[:, None],
@@ -297,42 +281,27 @@ def _keys_kernel(
     if first + start * step >= sizes.k_len:
         return
     mine = tokens(first + start * step, tl.arange(0, OPTIONS.block_m), step, sizes.k_len, OPTIONS)  # [M]
-    k_rows, v_rows = (
-        load_rows(of(k, batch, k_head), mine, OPTIONS),
-        load_rows(of(v, batch, k_head), mine, OPTIONS),
-    )
+    k_rows = load_rows(of(k, batch, k_head), mine, OPTIONS)
+    v_rows = load_rows(of(v, batch, k_head), mine, OPTIONS)
     label = load_labels(of(k_labels, batch, 0), mine, OPTIONS)
     q_labels = of(q_labels, batch, 0)
     dk_rows = zeros(OPTIONS, True)
     dv_rows = zeros(OPTIONS, True)
     base = first - sizes.shift + start * step  # the query at the tile's first key
-    low, full_start, full_stop, high = band_limits(
-        base, step, sizes.q_len, scores, stride, OPTIONS.right, OPTIONS.left, OPTIONS
-    )
+    limits = band_limits(base, step, sizes.q_len, scores, stride, OPTIONS.right, OPTIONS.left, OPTIONS)
     for share in range(OPTIONS.shares):
         this = head + share
         if not OPTIONS.uniform:
             stride = tl.load(strides_ptr + this)
         q_part, dout_part, gate_part = of(q, batch, this), of(dout, batch, this), of(gate, batch, this)
         lse_part, delta_part = of(lse, batch, this), of(delta, batch, this)
-        for block in range(low, full_start, OPTIONS.block_n):
-            dk_rows, dv_rows = _keys_tile(
-                dk_rows, dv_rows, k_rows, v_rows, mine.ok, label, q_part, dout_part, lse_part, delta_part,
-                gate_part, q_labels, sizes, scores, dropout, stride, step, base, block, batch, this, False,
-                OPTIONS,
-            )  # fmt: skip
-        for block in range(full_start, full_stop, OPTIONS.block_n):
-            dk_rows, dv_rows = _keys_tile(
-                dk_rows, dv_rows, k_rows, v_rows, mine.ok, label, q_part, dout_part, lse_part, delta_part,
-                gate_part, q_labels, sizes, scores, dropout, stride, step, base, block, batch, this, True,
-                OPTIONS,
-            )  # fmt: skip
-        for block in range(full_stop, high, OPTIONS.block_n):
-            dk_rows, dv_rows = _keys_tile(
-                dk_rows, dv_rows, k_rows, v_rows, mine.ok, label, q_part, dout_part, lse_part, delta_part,
-                gate_part, q_labels, sizes, scores, dropout, stride, step, base, block, batch, this, False,
-                OPTIONS,
-            )  # fmt: skip
+        for stretch in tl.static_range(3):
+            for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
+                dk_rows, dv_rows = _keys_tile(
+                    dk_rows, dv_rows, k_rows, v_rows, mine.ok, label, q_part, dout_part, lse_part, delta_part,
+                    gate_part, q_labels, sizes, scores, dropout, stride, step, base, block, batch, this,
+                    stretch == FULL_STRETCH, OPTIONS,
+                )  # fmt: skip
         for m in tl.static_range(1, OPTIONS.shifts + 1):
             for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
                 dk_rows, dv_rows = _skip_of_keys(
@@ -374,24 +343,13 @@ def _queries_kernel(
     dq_rows = zeros(OPTIONS, True)
     sums = _no_sums(OPTIONS)
     base = first + sizes.shift + start * step  # the key at the tile's first query
-    low, full_start, full_stop, high = band_limits(
-        base, step, sizes.k_len, scores, stride, OPTIONS.left, OPTIONS.right, OPTIONS
-    )
-    for block in range(low, full_start, OPTIONS.block_n):
-        dq_rows, sums = _queries_tile(
-            dq_rows, sums, q_rows, dout_rows, mine.ok, label, delta_rows, priors, hashed, k, v, k_labels,
-            sizes, scores, dropout, stride, step, base, block, False, OPTIONS,
-        )  # fmt: skip
-    for block in range(full_start, full_stop, OPTIONS.block_n):
-        dq_rows, sums = _queries_tile(
-            dq_rows, sums, q_rows, dout_rows, mine.ok, label, delta_rows, priors, hashed, k, v, k_labels,
-            sizes, scores, dropout, stride, step, base, block, True, OPTIONS,
-        )  # fmt: skip
-    for block in range(full_stop, high, OPTIONS.block_n):
-        dq_rows, sums = _queries_tile(
-            dq_rows, sums, q_rows, dout_rows, mine.ok, label, delta_rows, priors, hashed, k, v, k_labels,
-            sizes, scores, dropout, stride, step, base, block, False, OPTIONS,
-        )  # fmt: skip
+    limits = band_limits(base, step, sizes.k_len, scores, stride, OPTIONS.left, OPTIONS.right, OPTIONS)
+    for stretch in tl.static_range(3):
+        for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
+            dq_rows, sums = _queries_tile(
+                dq_rows, sums, q_rows, dout_rows, mine.ok, label, delta_rows, priors, hashed, k, v, k_labels,
+                sizes, scores, dropout, stride, step, base, block, stretch == FULL_STRETCH, OPTIONS,
+            )  # fmt: skip
     for m in tl.static_range(1, OPTIONS.shifts + 1):
         for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
             dq_rows, sums = _skip_of_queries(
@@ -459,10 +417,7 @@ def _narrow_block(
         )
         if OPTIONS.has_labels:
             ok = ok & (q_label[:, None] == k_label[None, :]) & (q_label >= 0)[:, None]
-        x, unclamped = clamped(
-            x, ring, priors.ring[:, None], priors.skip[:, None], priors.low[:, None], priors.high[:, None],
-            scores, OPTIONS,
-        )  # fmt: skip
+        x, unclamped = clamped(x, ring, along_rows(priors), scores, OPTIONS)
         dropped, passed, weights, dl = _dlogits(
             x, unclamped, ok, dp, delta[:, None], query_hash(dropout, batch, queries, head, OPTIONS)[:, None],
             (t[:, None] - u[None, :]).to(tl.int64) * step, scores, dropout, OPTIONS,

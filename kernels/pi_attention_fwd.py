@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 
 from pi_dist.kernels.tiles import (
+    FULL_STRETCH,
     LOG2E,
     NOWHERE,
     SKIP,
+    along_rows,
     band_limits,
     clamped,
     decode,
@@ -20,6 +22,7 @@ from pi_dist.kernels.tiles import (
     log2,
     neighbours,
     of,
+    of_skips,
     query_hash,
     shifted,
     store,
@@ -70,21 +73,11 @@ def _tile(
     keys = tokens(base, columns, step, sizes.k_len, OPTIONS)
     k_rows = load_rows(k, keys, OPTIONS)  # [N, D]
     v_rows = load_rows(v, keys, OPTIONS)
-    priors = queries.priors
     x = tl.dot(queries.rows, tl.trans(k_rows), input_precision="ieee")  # [M, N]
     ok, ring = neighbours(
         steps[:, None], tl.where(keys.ok, columns, -NOWHERE)[None, :], scores, stride, OPTIONS
     )
-    x, _ = clamped(
-        x,
-        ring,
-        priors.ring[:, None],
-        priors.skip[:, None],
-        priors.low[:, None],
-        priors.high[:, None],
-        scores,
-        OPTIONS,
-    )
+    x, _ = clamped(x, ring, along_rows(queries.priors), scores, OPTIONS)
     if OPTIONS.has_labels:
         labels = load_labels(k_labels, keys, OPTIONS)
         same = (queries.labels[:, None] == labels[None, :]) & (queries.labels >= 0)[:, None]
@@ -116,9 +109,8 @@ def _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, offset, O
     ok = keys.ok & (tl.abs(offsets) > scores.window)
     if OPTIONS.has_labels:
         ok = ok & (queries.labels == load_labels(k_labels, keys, OPTIONS)) & (queries.labels >= 0)
-    priors = queries.priors
     x = tl.sum(queries.rows.to(tl.float32) * k_rows, 1)
-    x, _ = clamped(x, ok & False, priors.skip, priors.skip, priors.low, priors.high, scores, OPTIONS)
+    x, _ = clamped(x, ok & False, of_skips(queries.priors), scores, OPTIONS)
     x = tl.where(ok, x, float("-inf"))
     softmax = _raise_top(x, softmax, OPTIONS)
     p = tl.exp2(x) if OPTIONS.fixed_top else tl.exp2(x - softmax.top)
@@ -167,24 +159,13 @@ def _block(
                 OPTIONS.halo, False, OPTIONS,
             )  # fmt: skip
     else:
-        low, full_start, full_stop, high = band_limits(
-            base, step, sizes.k_len, scores, stride, OPTIONS.left, OPTIONS.right, OPTIONS
-        )
-        for block in range(low, full_start, OPTIONS.block_n):
-            softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
-                OPTIONS.block_n, False, OPTIONS,
-            )  # fmt: skip
-        for block in range(full_start, full_stop, OPTIONS.block_n):
-            softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
-                OPTIONS.block_n, True, OPTIONS,
-            )  # fmt: skip
-        for block in range(full_stop, high, OPTIONS.block_n):
-            softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
-                OPTIONS.block_n, False, OPTIONS,
-            )  # fmt: skip
+        limits = band_limits(base, step, sizes.k_len, scores, stride, OPTIONS.left, OPTIONS.right, OPTIONS)
+        for stretch in tl.static_range(3):
+            for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
+                softmax = _tile(
+                    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
+                    OPTIONS.block_n, stretch == FULL_STRETCH, OPTIONS,
+                )  # fmt: skip
     for m in tl.static_range(1, OPTIONS.shifts + 1):
         softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, m * stride, OPTIONS)
         if not OPTIONS.causal:

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-NOWHERE = tl.constexpr(
-    1 << 29
-)  # step of a query that does not exist; a key that does not exist is at minus this
+NOWHERE = tl.constexpr(1 << 29)  # step of a query that does not exist; of such a key, minus this
+FULL_STRETCH = tl.constexpr(1)  # of the three stretches of `band_limits`
 
 # bands that a program can look at
 RING = tl.constexpr(0)  # the window
@@ -331,17 +330,37 @@ def neighbours(t, u, scores, stride, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def clamped(scores_tile, ring, ring_prior, skip_prior, low, high, scores, OPTIONS: tl.constexpr):
-    """(clamped logits, logits) in base 2, from q·k; the priors and bounds broadcast to it."""
+def along_rows(priors):
+    """The priors of queries that are the rows of a tile; α stays [M]."""
+    ring, skip, low, high = priors.ring, priors.skip, priors.low, priors.high
+    return Priors(ring[:, None], skip[:, None], low[:, None], high[:, None], priors.alpha)
+
+
+@triton.jit
+def along_columns(priors):
+    """The priors of queries that are the columns of a tile; α stays [N]."""
+    ring, skip, low, high = priors.ring, priors.skip, priors.low, priors.high
+    return Priors(ring[None, :], skip[None, :], low[None, :], high[None, :], priors.alpha)
+
+
+@triton.jit
+def of_skips(priors):
+    """Priors where every neighbour is a skip target, whatever the band."""
+    return Priors(priors.skip, priors.skip, priors.low, priors.high, priors.alpha)
+
+
+@triton.jit
+def clamped(scores_tile, ring, priors, scores, OPTIONS: tl.constexpr):
+    """(clamped logits, logits) in base 2, from q·k; the priors broadcast to it."""
     if OPTIONS.kind == RING:
-        prior = ring_prior
+        prior = priors.ring
     elif OPTIONS.kind == SKIP:
-        prior = skip_prior
+        prior = priors.skip
     else:
-        prior = tl.where(ring, ring_prior, skip_prior)
+        prior = tl.where(ring, priors.ring, priors.skip)
     x = scores_tile * (scores.scale * LOG2E) + prior
     if OPTIONS.has_cap:
-        return tl.minimum(tl.maximum(x, low), high), x
+        return tl.minimum(tl.maximum(x, priors.low), priors.high), x
     else:
         return x, x
 
@@ -352,7 +371,8 @@ def band_limits(
 ):
     """(low, full_start, full_stop, high): steps of the other side that block_m tokens look at, from `base`.
 
-    They look at steps [low, high), which exist; tiles of block_n in [full_start, full_stop) need no mask.
+    They look at steps [low, high), which exist, in three stretches; tiles of block_n in the middle one,
+    [full_start, full_stop), need no mask.
     BEFORE and AFTER: the band's steps on the two sides; `length`: tokens of the other side.
     """
     low = tl.maximum(_ceil_div(-base, step), -BEFORE)

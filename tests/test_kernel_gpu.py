@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from test_kernels import results, triton_attention
 
 from pi_dist.ops import PiPattern, pi_attention
 from pi_dist.ops.oracle import pi_attention_oracle
@@ -16,10 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)
 SPARSE = PiPattern(4, 16)  # one skip, in the band of the window
 BROAD = PiPattern(64, 128, num_skips=16)  # window and residue classes, two launches
 LONG = PiPattern(4, 8192, num_skips=6)  # strides of more elements than 32 bits count
-
-
-def triton_attention(*inputs, **options):
-    return pi_attention(*inputs, backend="triton", **options)
 
 
 def reference_attention(*inputs, **options):
@@ -36,19 +33,6 @@ def draw_inputs(seed, batch, length, heads, kv_heads, head_dim, dtype, gated=Tru
     q, k, v, dout = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
     gate = 0.05 + 0.9 * torch.rand(batch, length, heads, generator=generator, device=DEVICE)
     return [q, k, v, gate if gated else None], dout
-
-
-def results(function, inputs, dout, pattern, dtype=None, **options):
-    """[out, dq, dk, dv, dgate if there is a gate], of q, k, v in `dtype`, the gate in fp32 or fp64."""
-    dtype = inputs[0].dtype if dtype is None else dtype
-    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = [
-        None if x is None else x.detach().to(gate_dtype if index == 3 else dtype).requires_grad_()
-        for index, x in enumerate(inputs)
-    ]
-    out = function(*leaves, pattern, **options)
-    gradients = torch.autograd.grad(out, [x for x in leaves if x is not None], dout.to(out.dtype))
-    return [out.detach(), *gradients]
 
 
 def relative_errors(found, expected, floor=0.0):

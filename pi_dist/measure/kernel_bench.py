@@ -18,7 +18,7 @@ import torch
 from pi_dist.config import UserError
 from pi_dist.measure.record import device_name, versions, write
 from pi_dist.ops.pattern import PiPattern
-from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run
+from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock, Run
 
 TOTAL_TOKENS = 131072  # batch times context of a measurement, more where one context is longer
 CONTEXTS = (131072, 8192, 1048576)
@@ -196,7 +196,6 @@ def flex_forward(
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     window, stride, skips = pattern.window, pattern.distinct_strides()[0], pattern.num_skips
-    epsilon = 1e-4
 
     def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
         offset = i - j
@@ -204,7 +203,7 @@ def flex_forward(
         return near | ((offset > 0) & (offset % stride == 0) & (offset <= skips * stride)) if skips else near
 
     def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        alpha = (1 - 2 * epsilon) * gate[b, h, i] + epsilon
+        alpha = (1 - 2 * GATE_EPSILON) * gate[b, h, i] + GATE_EPSILON
         return s + torch.where(i - j <= window, torch.log(alpha), torch.log(1 - alpha))
 
     # the default _compile=False would make the whole T×T mask

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 import triton
 
+from pi_dist.kernels import tiles
 from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
 from pi_dist.kernels.pi_attention_bwd import _delta_kernel, _keys_kernel, _narrow_kernel, _queries_kernel
 from pi_dist.kernels.pi_attention_fwd import _pi_attention_fwd_kernel
@@ -19,7 +20,7 @@ from pi_dist.kernels.tiles import Dropout, Options, Rows, Scores, Sizes
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock
 
-RING, SKIP, BOTH = 0, 1, 2  # as in kernels/tiles.py
+RING, SKIP, BOTH = (kind.value for kind in (tiles.RING, tiles.SKIP, tiles.BOTH))
 NEAR_SKIPS = 32  # skips that lie no farther than the window or this join its band
 SHIFTED_SKIPS = 1  # so few farther skips are done row by row; more, by residue class in a launch of their own
 NARROW = 32  # steps on both sides up to which the backward is one tile (of 64)
@@ -277,10 +278,9 @@ def pi_attention_fwd(spec, q, keys, values, gate, q_labels, k_labels) -> tuple[t
 def pi_attention_bwd(
     spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
-    """As `pi_dist.ops.reference.pi_attention_bwd`, but gradients of q and of the first block are in q's
-    dtype.
+    """As `pi_dist.ops.reference.pi_attention_bwd`, but for the dtype of gradients.
 
-    Those of other blocks, which travel back to their owners, are fp32.
+    Those of q and of the first block are in q's, those of other blocks, which travel to their owners, fp32.
     """
     batch, q_len, num_heads, _ = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -354,12 +354,13 @@ def pi_attention_bwd(
                 dout_rows,
                 *tables,
             )
+            key_merge = not first_of_block or first_share > 0
             num_tiles = launch.num_tiles(part, key_sizes.block_m, k.shape[1])
             _keys_kernel[(num_tiles * kv_heads * batch,)](
                 *common, _rows(dk, q), _rows(dv, q), Sizes(length, k.shape[1], kv_heads, num_tiles, shift),
                 scores, dropout, first_share,
-                OPTIONS=launch.options( part, key_sizes, merge=not first_of_block or first_share > 0,
-                shares=shares ), **launch_options(key_sizes),
+                OPTIONS=launch.options(part, key_sizes, merge=key_merge, shares=shares),
+                **launch_options(key_sizes),
             )  # fmt: skip
             num_tiles = launch.num_tiles(part, query_sizes.block_m, length)
             _queries_kernel[(num_tiles * kv_heads * shares * batch,)](
@@ -381,13 +382,14 @@ def _delta(launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor) 
     batch, length, num_heads, head_dim = out.shape
     delta = torch.empty((batch, num_heads, length), dtype=torch.float32, device=out.device).transpose(1, 2)
     sizes = Blocks(max(16, 4096 // triton.next_power_of_2(head_dim)), 16, 4, 1)
+    any_band = replace(part, band=_Band(RING, 0, 0))  # the sum knows no band: compiled once for all of them
     num_tiles = triton.cdiv(length, sizes.block_m)
     _delta_kernel[(num_tiles * num_heads * batch,)](
         _rows(out, out),
         _rows(dout, out),
         _rows(delta, out),
         Sizes(length, length, num_heads, num_tiles, 0),
-        OPTIONS=launch.options(part, sizes, merge=False, shares=1),
+        OPTIONS=launch.options(any_band, sizes, merge=False, shares=1),
         num_warps=4,
     )
     return delta
