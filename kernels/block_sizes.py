@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("block_sizes.json")
-KERNELS = ("fwd", "keys", "queries", "narrow")
+KERNELS = ("fwd", "keys", "queries", "narrow", "walk")
 KINDS = ("ring", "near", "far", "skip")  # window; near skips in its band; far ones beside it; skips alone
 BANDS = (16, 64, 512)  # steps; a wider band uses the last
 
@@ -14,6 +14,8 @@ BANDS = (16, 64, 512)  # steps; a wider band uses the last
 @dataclass(frozen=True)
 class Blocks:
     """block_m: rows of a program; block_n: rows of the other side at a time; halo: see `tiles.Options`.
+
+    Of a walk: block_m rows at a time, block_n in all.
 
     max_registers: of a thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
     """
@@ -47,8 +49,8 @@ def blocks(kernel: str, kind: str, band: int, head_dim: int, element_bytes: int)
     if element_bytes == 2:
         return entry
     small = 64 if head_dim <= 64 else 32
-    if kernel == "narrow":  # a tile of 64 holds the widest band
-        return Blocks(64, 64, 4 if head_dim <= 64 else 8, 1)
+    if kernel in ("narrow", "walk"):  # a tile of 64 holds the widest band
+        return Blocks(64, entry.block_n, 8, 1)
     return Blocks(small, 32, 4, 1, entry.halo if head_dim <= 64 else 0)
 
 

@@ -14,15 +14,19 @@ from pi_dist.kernels.tiles import (
     band_limits,
     clamped,
     decode,
+    first_slot,
     keep,
     load,
+    load_gate,
     load_labels,
-    load_priors,
     load_rows,
     log2,
     neighbours,
+    nothing_in,
     of,
     of_skips,
+    order_of,
+    priors_of,
     query_hash,
     shifted,
     store,
@@ -64,19 +68,20 @@ def _raise_top(x_top, softmax, OPTIONS: tl.constexpr):
 
 @triton.jit
 def _tile(
-    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block, WIDTH: tl.constexpr,
-    FULL: tl.constexpr, OPTIONS: tl.constexpr,
+    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, block,
+    WIDTH: tl.constexpr, FULL: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys at steps [block, block + WIDTH) from the tile's first query; FULL: all are neighbours."""
+    """Add the keys in slots [block, block + WIDTH) from the tile's first; FULL: all are neighbours."""
     steps = tl.arange(0, OPTIONS.block_m)
     columns = block + tl.arange(0, WIDTH)
-    keys = tokens(base, columns, step, sizes.k_len, OPTIONS)
+    keys = tokens(order.low + sizes.shift, start, columns, order, sizes.k_len, OPTIONS)
     k_rows = load_rows(k, keys, OPTIONS)  # [N, D]
     v_rows = load_rows(v, keys, OPTIONS)
     x = tl.dot(queries.rows, tl.trans(k_rows), input_precision="ieee")  # [M, N]
     ok, ring = neighbours(
-        steps[:, None], tl.where(keys.ok, columns, -NOWHERE)[None, :], scores, stride, OPTIONS
-    )
+        steps[:, None], tl.where(keys.ok, columns, -NOWHERE)[None, :], queries.tokens.place[:, None], order,
+        scores, stride, OPTIONS,
+    )  # fmt: skip
     x, _ = clamped(x, ring, along_rows(queries.priors), scores, OPTIONS)
     if OPTIONS.has_labels:
         labels = load_labels(k_labels, keys, OPTIONS)
@@ -93,7 +98,7 @@ def _tile(
         p = tl.exp2(x - softmax.top[:, None])
     total = softmax.total + tl.sum(p, 1)
     if OPTIONS.dropout:
-        offset = (steps[:, None] - columns[None, :]).to(tl.int64) * step
+        offset = (steps[:, None] - columns[None, :]).to(tl.int64) * order.step
         p = tl.where(keep(queries.hashed[:, None], offset, dropout), p, 0.0)
     acc = tl.dot(p.to(v_rows.dtype), v_rows, softmax.acc, input_precision="ieee")
     return Softmax(acc, total, softmax.top)
@@ -122,11 +127,11 @@ def _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, offset, O
 
 @triton.jit
 def _block(
-    start, first, stride, step, batch, head, q, k, v, gate, q_labels, k_labels, out, lse, sizes, scores,
-    dropout, OPTIONS: tl.constexpr,
+    start, order, stride, batch, head, q, k, v, gate, q_labels, k_labels, out, lse, sizes, scores, dropout,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """block_m queries of one head from step `start` on, all tensors being those of the batch row and head."""
-    mine = tokens(first + start * step, tl.arange(0, OPTIONS.block_m), step, sizes.q_len, OPTIONS)  # [M]
+    """block_m queries of one head from slot `start` on, all tensors being those of the batch row and head."""
+    mine = tokens(order.low, start, tl.arange(0, OPTIONS.block_m), order, sizes.q_len, OPTIONS)  # [M]
     top = zeros(OPTIONS, False) + float("-inf")
     origin = zeros(OPTIONS, False)
     if OPTIONS.fixed_top:
@@ -136,34 +141,35 @@ def _block(
         load_rows(q, mine, OPTIONS),
         mine,
         load_labels(q_labels, mine, OPTIONS),
-        load_priors(gate, mine, origin, scores, OPTIONS),
+        priors_of(load_gate(gate, mine, OPTIONS), origin, scores, OPTIONS),
         query_hash(dropout, batch, mine, head, OPTIONS),
     )
     if OPTIONS.merge:  # wanted at the end, and under way from here
         before, out_before = load(lse, mine, float("-inf")) * LOG2E, load_rows(out, mine, OPTIONS)
     softmax = Softmax(zeros(OPTIONS, True), zeros(OPTIONS, False), top)
-    base = first + sizes.shift + start * step  # the key at the tile's first query
     if OPTIONS.halo > 0:
         softmax = _tile(
-            queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, 0, OPTIONS.block_m,
-            False, OPTIONS,
+            queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, 0,
+            OPTIONS.block_m, False, OPTIONS,
         )  # fmt: skip
         if OPTIONS.left > 0:
             softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, -OPTIONS.halo,
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, -OPTIONS.halo,
                 OPTIONS.halo, False, OPTIONS,
             )  # fmt: skip
         if OPTIONS.right > 0:
             softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, OPTIONS.block_m,
-                OPTIONS.halo, False, OPTIONS,
+                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start,
+                OPTIONS.block_m, OPTIONS.halo, False, OPTIONS,
             )  # fmt: skip
     else:
-        limits = band_limits(base, step, sizes.k_len, scores, stride, OPTIONS.left, OPTIONS.right, OPTIONS)
-        for stretch in tl.static_range(3):
+        limits = band_limits(
+            start, order.low + sizes.shift, sizes.k_len, order, OPTIONS.left, OPTIONS.right, OPTIONS
+        )
+        for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
             for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
                 softmax = _tile(
-                    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, step, base, block,
+                    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, block,
                     OPTIONS.block_n, stretch == FULL_STRETCH, OPTIONS,
                 )  # fmt: skip
     for m in tl.static_range(1, OPTIONS.shifts + 1):
@@ -181,7 +187,7 @@ def _block(
         softmax = Softmax(acc, softmax.total + share, softmax.top)
     empty = softmax.total == 0.0
     total = tl.where(empty, 1.0, softmax.total)
-    store_rows(out, mine, acc * (1 / total)[:, None], False, OPTIONS)
+    store_rows(out, mine, acc * (1 / total)[:, None], OPTIONS)
     store(lse, mine, tl.where(empty, float("-inf"), (softmax.top + log2(total, OPTIONS)) / LOG2E))
 
 
@@ -197,13 +203,11 @@ def _pi_attention_fwd_kernel(
     stride = scores.stride + tile * 0  # a tensor even if it is 1
     if not OPTIONS.uniform:
         stride = tl.load(strides_ptr + head)
-    first, step = 0, 1
-    if OPTIONS.kind == SKIP:
-        first, step, tile = tile % stride, stride, tile // stride
-    start = tile.to(tl.int64) * OPTIONS.block_m
-    if first + start * step < sizes.q_len:
+    order = order_of(sizes.q_len, sizes.shift, sizes.q_len, sizes.k_len, stride, OPTIONS)
+    start = first_slot(tile, OPTIONS.block_m, OPTIONS)
+    if not nothing_in(start, order, scores, OPTIONS):
         _block(
-            start, first, stride, step, batch, head, of(q, batch, head), of(k, batch, k_head),
-            of(v, batch, k_head), of(gate, batch, head), of(q_labels, batch, 0), of(k_labels, batch, 0),
-            of(out, batch, head), of(lse, batch, head), sizes, scores, dropout, OPTIONS,
+            start, order, stride, batch, head, of(q, batch, head), of(k, batch, k_head), of(v, batch, k_head),
+            of(gate, batch, head), of(q_labels, batch, 0), of(k_labels, batch, 0), of(out, batch, head),
+            of(lse, batch, head), sizes, scores, dropout, OPTIONS,
         )  # fmt: skip

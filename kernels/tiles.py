@@ -1,9 +1,9 @@
 """What the kernels share: arguments, rows, who is a neighbour, logits, dropout bits.
 
-Coordinates. A program works on the tokens of one residue class of `step`: query i = first + step·t, key
-j = first + shift + step·u, where shift is the global position of query 0 less that of key 0. So a pair lies
-step·(t-u) tokens apart, wherever the tensors begin. The window has step 1; many skips have step π, and are a
-plain window of M there.
+Coordinates. The tokens of a launch lie in slots, in an order in which neighbours are close. For a window that
+is the order of tokens. For many skips it is chain by chain, each chain a residue class of the stride: there
+the skips are a plain window of M slots, cut where a chain begins or ends, and a tile may hold pieces of many
+chains, however short they are. Queries and keys have the same slots, wherever their tensors begin.
 """
 
 from typing import Any, NamedTuple
@@ -67,7 +67,8 @@ class Options(NamedTuple):
     Attributes:
         kind: RING, SKIP or BOTH. left, right: steps of the band before and behind a query.
         halo: of a narrow band, the width of the tiles beside the diagonal one; 0 loops over tiles of block_n.
-        long_steps: a tile spans more elements than 32 bits count.
+        long_steps: chains span more elements than 32 bits count.
+        walk: see `pi_attention_bwd_fused`.
         shifts: skips that are not in the band and are done row by row (KIND RING).
         share: query heads of a key/value head. shares: how many of them this launch covers.
         merge: continue from the out and lse (or add to the gradients) of an earlier launch.
@@ -80,6 +81,7 @@ class Options(NamedTuple):
     left: int
     right: int
     halo: int
+    walk: bool
     long_steps: bool
     shifts: int
     causal: bool
@@ -121,29 +123,85 @@ def of(rows, batch, head):
     return Rows(rows.ptr + batch * rows.batch + head * rows.head, rows.batch, rows.token, rows.head)
 
 
+class Order(NamedTuple):
+    """In which order tokens lie in slots.
+
+    step: tokens between neighbouring slots. slots: how many there are. chain: slots of a residue class.
+    reciprocal: 2^32 / chain, rounded down. low: the query in slot 0, as an index, which may be negative.
+    """
+
+    step: Any
+    slots: Any
+    chain: Any
+    reciprocal: Any
+    low: Any
+
+
 class Tokens(NamedTuple):
-    """Tokens start + offset [N] of a tensor, offset in tokens, and whether they exist."""
+    """Tokens start + offset [N] of a tensor, whether they exist, and where in their chain (KIND SKIP)."""
 
     start: Any
     offset: Any
     ok: Any
+    place: Any
 
 
 @triton.jit
-def _ceil_div(a, b):
-    """ceil(a / b) for b > 0, within what a step can be."""
-    quotient = tl.where(a > 0, (a + b - 1) // b, -((-a) // b))
-    return tl.minimum(tl.maximum(quotient, -NOWHERE), NOWHERE).to(tl.int32)
-
-
-@triton.jit
-def tokens(start, steps, step, length, OPTIONS: tl.constexpr):
-    """The tokens `steps` [N] steps after token `start` (int64) of a tensor of `length` tokens."""
-    ok = (steps >= _ceil_div(-start, step)) & (steps < _ceil_div(length - start, step))
-    if OPTIONS.long_steps:
-        return Tokens(start, steps.to(tl.int64) * step, ok)
+def order_of(slots, shift, q_len, k_len, stride, OPTIONS: tl.constexpr):
+    """The order of a launch; `slots`: tokens of the program's side. Chains span queries and keys."""
+    low = tl.minimum(-shift, 0).to(tl.int64)
+    if OPTIONS.kind == SKIP:
+        span = (tl.maximum(k_len - shift, q_len) - low).to(tl.int32)
+        chain = (span + stride - 1) // stride
+        reciprocal = 0xFFFFFFFF // chain.to(tl.uint32)
+        return Order(stride, tl.minimum(stride, span) * chain, chain, reciprocal, low)
     else:
-        return Tokens(start, steps * step, ok)
+        return Order(1, slots, slots, 0, low * 0)
+
+
+@triton.jit
+def _clamped(index):
+    return tl.minimum(tl.maximum(index, -NOWHERE), NOWHERE).to(tl.int32)
+
+
+@triton.jit
+def tokens(first, start, steps, order, length, OPTIONS: tl.constexpr):
+    """The tokens in slots start + steps [N], of a tensor of `length` tokens whose slot 0 is token `first`."""
+    if OPTIONS.kind == SKIP:
+        slots = start + steps
+        # slots // chain, at most one too small before it is set right
+        number = tl.umulhi(tl.maximum(slots, 0).to(tl.uint32), order.reciprocal).to(tl.int32)
+        place = slots - number * order.chain
+        number = tl.where(place >= order.chain, number + 1, number)
+        place = tl.where(place >= order.chain, place - order.chain, place)
+        offset = number + place * order.step
+        ok = (slots >= 0) & (slots < order.slots)
+        ok = ok & (offset >= _clamped(-first)) & (offset < _clamped(length - first))
+        if OPTIONS.long_steps:
+            offset = offset.to(tl.int64)
+        return Tokens(first, offset, ok, place)
+    else:
+        first += start
+        ok = (steps >= _clamped(-first)) & (steps < _clamped(length - first))
+        return Tokens(first, steps, ok, steps)
+
+
+@triton.jit
+def first_slot(tile, OWNED: tl.constexpr, OPTIONS: tl.constexpr):
+    """The slot with which a tile begins; there may be more than 2^31 of them where slots are tokens."""
+    if OPTIONS.kind == SKIP:
+        return tile * OWNED
+    else:
+        return tile.to(tl.int64) * OWNED
+
+
+@triton.jit
+def nothing_in(start, order, scores, OPTIONS: tl.constexpr):
+    """Whether a tile that begins in slot `start` has no work: no tokens, or no pairs to add to others'."""
+    nothing = start >= order.slots
+    if OPTIONS.kind == SKIP and OPTIONS.merge:
+        nothing = nothing | (order.chain <= tl.maximum(scores.window // order.step + 1, 1))
+    return nothing
 
 
 @triton.jit
@@ -151,7 +209,7 @@ def shifted(those, by, length):
     """The tokens `by` tokens after those, where both exist."""
     start = those.start + by
     index = start + those.offset.to(tl.int64)
-    return Tokens(start, those.offset, those.ok & (index >= 0) & (index < length))
+    return Tokens(start, those.offset, those.ok & (index >= 0) & (index < length), those.place)
 
 
 @triton.jit
@@ -200,12 +258,19 @@ def load_rows(rows, those, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(rows, those, value, ADD: tl.constexpr, OPTIONS: tl.constexpr):
-    """Store [N, block_d] to rows of a [T, D] part; ADD adds to what is there."""
+def store_rows(rows, those, value, OPTIONS: tl.constexpr):
+    """Store [N, block_d] to rows of a [T, D] part."""
     pointers, mask = _row_pointers(rows, those, OPTIONS), _row_mask(those, OPTIONS)
-    if ADD:
-        value += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     tl.store(pointers, value.to(rows.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def begin_sum(rows, those, OPTIONS: tl.constexpr):
+    """fp32 [M, block_d] to add to: what earlier launches left in these rows, or zeros."""
+    if OPTIONS.merge:
+        return load_rows(rows, those, OPTIONS).to(tl.float32)
+    else:
+        return zeros(OPTIONS, True)
 
 
 @triton.jit
@@ -232,10 +297,19 @@ class Priors(NamedTuple):
 
 
 @triton.jit
-def load_priors(gate, queries, origin, scores, OPTIONS: tl.constexpr):
-    """Priors of queries [N]; origin [N] in base 2."""
+def load_gate(gate, queries, OPTIONS: tl.constexpr):
+    """The gate of queries [N], if there is one."""
     if OPTIONS.has_gate:
-        alpha = (1 - 2 * OPTIONS.epsilon) * load(gate, queries, 0.5) + OPTIONS.epsilon
+        return load(gate, queries, 0.5)
+    else:
+        return queries.ok
+
+
+@triton.jit
+def priors_of(gate, origin, scores, OPTIONS: tl.constexpr):
+    """Priors of queries [N] from their gate, as `load_gate` gives it; origin [N] in base 2."""
+    if OPTIONS.has_gate:
+        alpha = (1 - 2 * OPTIONS.epsilon) * gate + OPTIONS.epsilon
         ring, skip = log2(alpha, OPTIONS) - origin, log2(1 - alpha, OPTIONS) - origin
     else:
         alpha = origin
@@ -299,19 +373,30 @@ def keep(hashed, offset, dropout):
 
 
 @triton.jit
-def neighbours(t, u, scores, stride, OPTIONS: tl.constexpr):
-    """(neighbour, ring) for queries at steps t and keys at steps u, which broadcast to each other."""
-    offset = t - u
+def _within(offset, limit):
+    """Whether 0 <= offset <= limit, for a limit >= 0, in one comparison."""
+    return offset.to(tl.uint32, bitcast=True) <= limit.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def neighbours(t, u, place, order, scores, stride, OPTIONS: tl.constexpr):
+    """(neighbour, ring) for queries in slots t, at `place` of their chains, and keys in slots u.
+
+    The first two have one shape, and the third broadcasts to it.
+    """
     if OPTIONS.kind == SKIP:
-        distance = offset if OPTIONS.causal else tl.abs(offset)
-        skip = (distance >= tl.maximum(scores.window // stride + 1, 1)) & (distance <= scores.num_skips)
+        nearest = tl.maximum(scores.window // stride + 1, 1)
+        beyond = tl.minimum(place, scores.num_skips) - nearest  # of the nearest skip back to the farthest
+        skip = _within(tl.where(beyond < 0, NOWHERE, t - nearest) - u, tl.maximum(beyond, 0))
+        if not OPTIONS.causal:
+            beyond = tl.minimum(order.chain - 1 - place, scores.num_skips) - nearest
+            skip = skip | _within(u - tl.where(beyond < 0, NOWHERE, t + nearest), tl.maximum(beyond, 0))
         return skip, skip
     else:
+        offset = t - u
         if OPTIONS.causal:
             distance = offset
-            ring = offset.to(tl.uint32, bitcast=True) <= (offset * 0 + scores.window).to(
-                tl.uint32, bitcast=True
-            )
+            ring = _within(offset, offset * 0 + scores.window)
         else:
             distance = tl.abs(offset)
             ring = distance <= scores.window
@@ -367,34 +452,34 @@ def clamped(scores_tile, ring, priors, scores, OPTIONS: tl.constexpr):
 
 @triton.jit
 def band_limits(
-    base, step, length, scores, stride, BEFORE: tl.constexpr, AFTER: tl.constexpr, OPTIONS: tl.constexpr
+    start, first, length, order, BEFORE: tl.constexpr, AFTER: tl.constexpr, OPTIONS: tl.constexpr
 ):
-    """(low, full_start, full_stop, high): steps of the other side that block_m tokens look at, from `base`.
+    """(low, full_start, full_stop, high): slots, from `start`, of the other side that block_m tokens look at.
 
-    They look at steps [low, high), which exist, in three stretches; tiles of block_n in the middle one,
-    [full_start, full_stop), need no mask.
-    BEFORE and AFTER: the band's steps on the two sides; `length`: tokens of the other side.
+    They look at [low, high), in three stretches; tiles of block_n in the middle one, [full_start, full_stop),
+    need no mask. With KIND SKIP there is only the first.
+    BEFORE and AFTER: the band's steps on the two sides; `first`, `length`: slot 0 and tokens of the other
+    side.
     """
-    low = tl.maximum(_ceil_div(-base, step), -BEFORE)
-    high = tl.minimum(_ceil_div(length - base, step), OPTIONS.block_m + AFTER)
-    near = OPTIONS.block_m - 1 - BEFORE
-    far = 1 + AFTER
     if OPTIONS.kind == SKIP:
-        nearest = tl.maximum(scores.window // stride, 0)
-        if BEFORE == 0:  # causal, and keys look at their queries
-            near = OPTIONS.block_m + nearest
-        else:
-            far = -nearest
-    elif OPTIONS.kind == BOTH:
-        far = near
-    elif not OPTIONS.include_self:
-        if not OPTIONS.causal:
+        low = tl.maximum(_clamped(-start), -BEFORE)
+        high = tl.minimum(_clamped(order.slots - start), OPTIONS.block_m + AFTER)
+        return low, high, high, high
+    else:
+        low = tl.maximum(_clamped(-start - first), -BEFORE)
+        high = tl.minimum(_clamped(length - start - first), OPTIONS.block_m + AFTER)
+        near = OPTIONS.block_m - 1 - BEFORE
+        far = 1 + AFTER
+        if OPTIONS.kind == BOTH:
             far = near
-        elif BEFORE == 0:
-            near = OPTIONS.block_m
-        else:
-            far = 0
-    start = low + tl.maximum(near - low + OPTIONS.block_n - 1, 0) // OPTIONS.block_n * OPTIONS.block_n
-    start = tl.minimum(start, high)
-    stop = start + tl.maximum(tl.minimum(far, high) - start, 0) // OPTIONS.block_n * OPTIONS.block_n
-    return low, start, stop, high
+        elif not OPTIONS.include_self:
+            if not OPTIONS.causal:
+                far = near
+            elif BEFORE == 0:
+                near = OPTIONS.block_m
+            else:
+                far = 0
+        edge = tl.maximum(near - low + OPTIONS.block_n - 1, 0) // OPTIONS.block_n * OPTIONS.block_n
+        full_start = tl.minimum(low + edge, high)
+        full = tl.maximum(tl.minimum(far, high) - full_start, 0) // OPTIONS.block_n
+        return low, full_start, full_start + full * OPTIONS.block_n, high

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_S = 120.0
-
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -27,7 +25,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, backend: str, timeout_s: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {  # what torchrun would set
         "MASTER_ADDR": "127.0.0.1",
@@ -39,7 +37,7 @@ def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        timeout = timedelta(seconds=TIMEOUT_S)
+        timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         while (task := pipe.recv()) is not None:
             function, args = task
@@ -56,7 +54,8 @@ def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection
 class Ranks:
     """`world_size` processes with an initialized group (gloo, or nccl with a GPU each); a context manager."""
 
-    def __init__(self, world_size: int, backend: str = "gloo") -> None:
+    def __init__(self, world_size: int, backend: str = "gloo", timeout_s: float = 120.0) -> None:
+        self._timeout_s = timeout_s
         # CUDA cannot fork
         context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
         multiprocessing.set_forkserver_preload(["tests_preload"])
@@ -65,7 +64,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, backend, there))
+            process = context.Process(target=_serve, args=(rank, world_size, port, backend, timeout_s, there))
             process.start()
             there.close()
             self._pipes.append(here)
@@ -77,7 +76,7 @@ class Ranks:
         results: dict[int, Any] = {}
         while len(results) < len(self._pipes):
             waiting = [p for rank, p in enumerate(self._pipes) if rank not in results]
-            ready = wait(waiting, timeout=TIMEOUT_S)
+            ready = wait(waiting, timeout=self._timeout_s)
             if not ready:
                 self.close()
                 raise TimeoutError(f"ranks {sorted(set(range(len(self._pipes))) - set(results))} hang")

@@ -8,12 +8,14 @@ from distributed import Ranks
 
 from pi_dist.ops import PiPattern
 
+COMPILING_S = 400.0  # ranks compile their kernels, the first time
+
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")
 def pair():
-    with Ranks(2, backend="nccl") as ranks:
+    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
         yield ranks
 
 
@@ -30,7 +32,7 @@ def test_exchange_equals_the_oracle(pair, strides, causal, fused):
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_gradients_equal_one_process_in_every_zero_stage(activation_checkpointing):
-    with Ranks(2, backend="nccl") as ranks:
+    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
         options = {"activation_checkpointing": activation_checkpointing}
         options["clip_norm"] = test_training_parity.CLIP_NORM
         test_training_parity.check(
@@ -39,7 +41,7 @@ def test_gradients_equal_one_process_in_every_zero_stage(activation_checkpointin
 
 
 def test_bf16_gradients_stay_within_the_error_of_bf16():
-    with Ranks(2, backend="nccl") as ranks:
+    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
         found = ranks.run(
             test_training_parity.on_a_rank, 2, [0, 1, 2, 3], {"precision": "bf16"}, False, "cuda"
         )

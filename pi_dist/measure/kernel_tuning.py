@@ -31,6 +31,8 @@ def _candidates(
     if kernel == "narrow":
         yield from ((64, 64, 4, 1, 0, cap) for cap in ((None,) if wide else (None, 168, 160, 128)))
         yield (64, 64, 8, 1, 0, None)
+    elif kernel == "walk":
+        yield from ((64, owned, 4, 2, 0, None) for owned in (512, 1024, 2048))
     elif kernel == "fwd" and band <= 64:
         yield from (
             (64, 64, 4, 1, max(16, band), cap) for cap in ((None, 128) if wide else (None, 128, 96, 80))
@@ -47,7 +49,7 @@ def _candidates(
 def trials(head_dim: int) -> list[Trial]:
     """Everything that is timed; entries for windows come first, since patterns with skips use them too."""
     from pi_dist.kernels.block_sizes import BANDS, key
-    from pi_dist.ops.triton_backend import NARROW
+    from pi_dist.ops.triton_backend import NARROW, WALKED, WALKED_BYTES
 
     timed_on = [("ring", band, Case(head_dim, TOKENS, band, 0)) for band in BANDS]
     timed_on += [
@@ -60,7 +62,9 @@ def trials(head_dim: int) -> list[Trial]:
     ]
     found = []
     for kind, band, case in timed_on:
-        for kernel in ("fwd", "narrow") if band <= NARROW else ("fwd", "keys", "queries"):
+        walks = band <= WALKED and kind != "far" and 2 * head_dim <= WALKED_BYTES
+        backward = ("narrow",) if band <= NARROW else ("walk",) if walks else ("keys", "queries")
+        for kernel in ("fwd", *backward):
             entry = key(kernel, kind, band, head_dim)
             direction = "forward" if kernel == "fwd" else "backward"
             found += [Trial(entry, sizes, case, direction) for sizes in _candidates(kernel, band, head_dim)]

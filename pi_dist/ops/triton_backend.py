@@ -14,23 +14,28 @@ import triton
 
 from pi_dist.kernels import tiles
 from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
-from pi_dist.kernels.pi_attention_bwd import _delta_kernel, _keys_kernel, _narrow_kernel, _queries_kernel
+from pi_dist.kernels.pi_attention_bwd import _delta_kernel, _keys_kernel, _queries_kernel
+from pi_dist.kernels.pi_attention_bwd_fused import _fused_kernel
 from pi_dist.kernels.pi_attention_fwd import _pi_attention_fwd_kernel
 from pi_dist.kernels.tiles import Dropout, Options, Rows, Scores, Sizes
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock
 
 RING, SKIP, BOTH = (kind.value for kind in (tiles.RING, tiles.SKIP, tiles.BOTH))
+# decided when a kernel is decorated; asked here, since torch.compile cannot look at a kernel's type
+INTERPRETED = not isinstance(_pi_attention_fwd_kernel, triton.runtime.jit.JITFunction)
 NEAR_SKIPS = 32  # skips that lie no farther than the window or this join its band
 SHIFTED_SKIPS = 1  # so few farther skips are done row by row; more, by residue class in a launch of their own
 NARROW = 32  # steps on both sides up to which the backward is one tile (of 64)
+WALKED = 64  # steps back, of a causal window, up to which it is a walk from tile to tile
+FEW_WALKS = 768  # programs below which walks are shorter
+WALKED_BYTES = 128  # of a row up to which the tiles of a walk fit into a multiprocessor
 LARGEST_FIXED_TOP = 40.0  # exp(-2·cap) must be a normal number
 
 
 def check_usable(q: torch.Tensor) -> None:
     """Raise ValueError with the reason unless the kernels can run on tensors like `q` [B, T, H, D]."""
-    interpreted = not isinstance(_pi_attention_fwd_kernel, triton.runtime.jit.JITFunction)
-    if not q.is_cuda and not interpreted:
+    if not q.is_cuda and not INTERPRETED:
         raise ValueError(
             f"backend 'triton' needs a GPU: q.device.type ({q.device.type}) == 'cuda' does not hold"
         )
@@ -38,7 +43,7 @@ def check_usable(q: torch.Tensor) -> None:
         raise ValueError(
             f"backend 'triton': q.dtype ({q.dtype}) in (float32, float16, bfloat16) does not hold"
         )
-    if interpreted and q.dtype == torch.bfloat16:
+    if INTERPRETED and q.dtype == torch.bfloat16:
         raise ValueError("backend 'triton': Triton's interpreter computes bfloat16 wrongly")
     if not 1 <= q.shape[3] <= 256:
         raise ValueError(f"backend 'triton': 1 <= head_dim ({q.shape[3]}) <= 256 does not hold")
@@ -64,10 +69,20 @@ class _Part:
     stop: int
     strides: tuple[int, ...]  # of all query heads
 
+    def span(self, query_start: int) -> int:
+        """Tokens from the first query or key to the last."""
+        queries, keys = (query_start + self.start, query_start + self.stop), self.block.run
+        return max(queries[1], keys.stop) - min(queries[0], keys.start)
 
-def _bands(pattern: PiPattern, strides: tuple[int, ...], local: bool) -> list[_Band]:
-    """The bands of heads with these strides; `local`: the keys lie at the queries' own positions."""
-    window, skips = pattern.window, pattern.num_skips
+
+def _bands(pattern: PiPattern, strides: tuple[int, ...], span: int, local: bool) -> list[_Band]:
+    """The bands of heads with these strides, of queries and keys within `span` tokens.
+
+    local: the keys lie at the queries' own positions.
+    """
+    window = pattern.window
+    chain = triton.cdiv(span, min(strides))  # the longest: nothing lies farther than its end
+    skips = min(pattern.num_skips, max(16, triton.next_power_of_2(chain))) if chain > 1 else 0
     far = skips * max(strides)
 
     def band(kind: int, steps: int, shifts: int = 0) -> _Band:
@@ -104,7 +119,8 @@ def _parts(
     for block in blocks_:
         local = block.run == (query_start, query_start + q_len)
         strides = tuple(all_strides[head * share + s] for head in block.heads for s in range(share))
-        for band in _bands(pattern, strides, local):
+        span = max(block.run.stop, query_start + q_len) - min(block.run.start, query_start)
+        for band in _bands(pattern, strides, span, local):
             back = band.left if band.kind != SKIP else pattern.num_skips * max(strides)
             start = max(0, block.run.start - (0 if pattern.causal else back) - query_start)
             stop = min(q_len, block.run.stop + back - query_start)
@@ -178,17 +194,25 @@ class _Launch:
         return Scores(pattern.window, stride, pattern.num_skips, spec.softmax_scale, spec.logit_cap or 0.0)
 
     def options(
-        self, part: _Part, sizes: Blocks, *, merge: bool, shares: int, parts: bool = False
+        self,
+        part: _Part,
+        sizes: Blocks,
+        *,
+        merge: bool,
+        shares: int,
+        parts: bool = False,
+        walk: bool = False,
     ) -> Options:
         band, pattern, spec = part.band, self.spec.pattern, self.spec
-        steps = sizes.block_m + sizes.block_n + band.left + band.right  # more than a tile spans
-        span = steps * self.token_stride * (max(self.strides_of(part)) if band.kind == SKIP else 1)
+        tile = sizes.block_m + sizes.block_n + band.left + band.right  # more tokens than a tile spans
+        tokens = part.span(self.spec.query_start) if band.kind == SKIP else tile
         return Options(
             kind=band.kind,
             left=band.left,
             right=band.right,
             halo=sizes.halo,
-            long_steps=span >= 2**31,
+            walk=walk,
+            long_steps=tokens * self.token_stride >= 2**31,
             shifts=band.shifts,
             causal=pattern.causal,
             include_self=pattern.include_self,
@@ -212,25 +236,19 @@ class _Launch:
             epsilon=GATE_EPSILON,
         )
 
-    def block_sizes(self, kernel: str, part: _Part, length: int) -> Blocks:
-        """Tile sizes for `length` tokens on the program's side."""
+    def block_sizes(self, kernel: str, part: _Part) -> Blocks:
+        """Tile sizes of one of the kernels."""
         band = part.band
         kind = "far" if band.shifts else ("ring", "skip", "near")[band.kind]
-        sizes = blocks(kernel, kind, band.left, self.head_dim, self.element_bytes)
-        if band.kind == SKIP:  # no larger than the chains of one residue class
-            chain = triton.next_power_of_2(triton.cdiv(length, max(self.strides_of(part))))
-            margin = triton.next_power_of_2(2 * (band.left + band.right)) if kernel == "narrow" else 16
-            sizes = replace(sizes, block_m=min(sizes.block_m, max(16, chain, margin)))
-        return sizes
+        return blocks(kernel, kind, band.left, self.head_dim, self.element_bytes)
 
     def num_tiles(self, part: _Part, owned: int, length: int) -> int:
-        """Programs a head, each of `owned` steps: enough for the head with the most."""
+        """Programs a head, each of `owned` slots, for `length` tokens: enough for the head with the most."""
         if part.band.kind != SKIP:
             return triton.cdiv(length, owned)
-        return max(
-            min(stride, length) * triton.cdiv(triton.cdiv(length, stride), owned)
-            for stride in set(self.strides_of(part))
-        )
+        span = part.span(self.spec.query_start)
+        slots = max(min(stride, span) * triton.cdiv(span, stride) for stride in set(self.strides_of(part)))
+        return triton.cdiv(slots, owned)
 
     def dropout_from(self, start: int) -> Dropout:
         return self.dropout._replace(query_start=self.spec.query_start + start)
@@ -252,7 +270,7 @@ def pi_attention_fwd(spec, q, keys, values, gate, q_labels, k_labels) -> tuple[t
         k, v, labels = keys[index], values[index], k_labels[index]
         view = slice(part.start, part.stop)
         length = part.stop - part.start
-        sizes = launch.block_sizes("fwd", part, length)
+        sizes = launch.block_sizes("fwd", part)
         num_tiles = launch.num_tiles(part, sizes.block_m, length)
         heads = len(part.block.heads) * launch.share
         _pi_attention_fwd_kernel[(num_tiles * heads * batch,)](
@@ -322,26 +340,25 @@ def pi_attention_bwd(
         alike = band.kind != SKIP or all(
             len(set(strides[h * launch.share : (h + 1) * launch.share])) == 1 for h in range(kv_heads)
         )
-        margins = [triton.cdiv(steps, 16) * 16 for steps in (band.left, band.right)]
-        if local and alike and sum(margins) <= NARROW:
-            # margins of whole 16 steps: one kernel for windows from 1 to 16, and aligned tiles
-            part = replace(part, band=replace(band, left=margins[0], right=margins[1]))
-            sizes = launch.block_sizes("narrow", part, length)
-            owned = sizes.block_m - sum(margins)
+        fused = _fused(launch, part, batch) if local and alike else None
+        if fused is not None:
+            part, sizes, owned, walk = fused
             num_tiles = launch.num_tiles(part, owned, length)
-            _narrow_kernel[(num_tiles * kv_heads * batch,)](
+            _fused_kernel[(num_tiles * kv_heads * batch,)](
                 q_rows, _rows(k, q), _rows(v, q), gate_rows, *labels, out_rows, lse_rows, dout_rows,
                 tables[0], _rows(dq, q), _rows(dk, q), _rows(dv, q), *gate_sums,
                 Sizes(length, k.shape[1], kv_heads, num_tiles, 0), scores, dropout,
-                OPTIONS=launch.options(part, sizes, merge=number > 0, shares=launch.share, parts=several),
+                OPTIONS=launch.options(
+                    part, sizes, merge=number > 0, shares=launch.share, parts=several, walk=walk
+                ),
                 **launch_options(sizes),
             )  # fmt: skip
             continue
         if delta is None:
             delta = _delta(launch, part, out, dout)
         shares = launch.share if alike else 1
-        key_sizes = launch.block_sizes("keys", part, k.shape[1])
-        query_sizes = launch.block_sizes("queries", part, length)
+        key_sizes = launch.block_sizes("keys", part)
+        query_sizes = launch.block_sizes("queries", part)
         for first_share in range(0, launch.share, shares):
             common = (
                 q_rows,
@@ -377,8 +394,28 @@ def pi_attention_bwd(
     return dq, dkeys, dvalues, dgate
 
 
+def _fused(launch: _Launch, part: _Part, batch: int) -> tuple[_Part, Blocks, int, bool] | None:
+    """A fused backward's part, tile sizes, tokens a program, and whether it walks; None if it is too wide."""
+    band = part.band
+    left, right = (triton.cdiv(steps, 16) * 16 for steps in (band.left, band.right))
+    if left + right <= NARROW:
+        # margins of whole 16 steps: one kernel for windows from 1 to 16, and aligned tiles
+        part = replace(part, band=replace(band, left=left, right=right))
+        sizes = launch.block_sizes("narrow", part)
+        return part, sizes, sizes.block_m - left - right, False
+    walks = (band.shifts, right, launch.share) == (0, 0, 1) and left <= WALKED
+    if walks and launch.head_dim * launch.element_bytes <= WALKED_BYTES:
+        sizes = launch.block_sizes("walk", part)
+        owned, rows = sizes.block_n, batch * launch.num_heads
+        while owned > 4 * sizes.block_m and triton.cdiv(part.stop - part.start, owned) * rows < FEW_WALKS:
+            owned //= 2
+        part = replace(part, band=replace(band, left=WALKED))
+        return part, replace(sizes, block_n=owned), owned, True
+    return None
+
+
 def _delta(launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """Σ out·dout over D, [B, T, H] fp32."""
+    """Σ out·dout over D times the softmax scale, [B, T, H] fp32."""
     batch, length, num_heads, head_dim = out.shape
     delta = torch.empty((batch, num_heads, length), dtype=torch.float32, device=out.device).transpose(1, 2)
     sizes = Blocks(max(16, 4096 // triton.next_power_of_2(head_dim)), 16, 4, 1)
@@ -389,6 +426,7 @@ def _delta(launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor) 
         _rows(dout, out),
         _rows(delta, out),
         Sizes(length, length, num_heads, num_tiles, 0),
+        launch.scores(part),
         OPTIONS=launch.options(any_band, sizes, merge=False, shares=1),
         num_warps=4,
     )
