@@ -216,23 +216,26 @@ def far_of_queries(dq, sums, queries, k, v, k_labels, offset, sizes, scores, dro
 
 
 @triton.jit
-def store_gate(dgate, weight, residual, queries, sums, scores, OPTIONS: tl.constexpr):
+def earlier_sums(dgate, weight, residual, queries, OPTIONS: tl.constexpr):
+    """What earlier launches of the same gradient stored, for `store_gate`."""
+    if OPTIONS.has_gate and OPTIONS.parts and OPTIONS.merge:
+        return GateSums(load(dgate, queries, 0.0), load(weight, queries, 0.0), load(residual, queries, 0.0))
+    else:
+        return no_sums(OPTIONS)
+
+
+@triton.jit
+def store_gate(dgate, weight, residual, queries, sums, earlier, scores, OPTIONS: tl.constexpr):
     """dα of queries, or, where several launches make one gradient, its three summands to be put together.
 
     `dα / (1-2ε) = Σ_ring dl / α - Σ_skip dl / (1-α)`. The rounding of delta adds e times the softmax to every
     dl, and e = residual: it is taken out here, because the two sums nearly cancel.
     """
     if OPTIONS.has_gate:
-        sums = GateSums(sums.dl / scores.scale, sums.weight, sums.residual / scores.scale)
+        dl, residuals = sums.dl / scores.scale, sums.residual / scores.scale
         if OPTIONS.parts:
-            if OPTIONS.merge:
-                sums = GateSums(
-                    sums.dl + load(dgate, queries, 0.0), sums.weight + load(weight, queries, 0.0),
-                    sums.residual + load(residual, queries, 0.0),
-                )  # fmt: skip
-            store(weight, queries, sums.weight)
-            store(residual, queries, sums.residual)
-            value = sums.dl
+            store(dgate, queries, dl + earlier.dl)
+            store(weight, queries, sums.weight + earlier.weight)
+            store(residual, queries, residuals + earlier.residual)
         else:
-            value = (1 - 2 * OPTIONS.epsilon) * (sums.dl - sums.residual * sums.weight)
-        store(dgate, queries, value)
+            store(dgate, queries, (1 - 2 * OPTIONS.epsilon) * (dl - residuals * sums.weight))

@@ -12,6 +12,7 @@ from pi_dist.kernels.gradients import (
     delta_of,
     dlogits,
     dlogits_of,
+    earlier_sums,
     far_of_keys,
     far_of_queries,
     load_queries,
@@ -26,9 +27,9 @@ from pi_dist.kernels.tiles import (
     SKIP,
     along_columns,
     band_limits,
-    begin_sum,
     clamped,
     decode,
+    earlier_rows,
     first_slot,
     load,
     load_labels,
@@ -39,8 +40,9 @@ from pi_dist.kernels.tiles import (
     order_of,
     shifted,
     store,
-    store_rows,
+    store_sum,
     tokens,
+    zeros,
 )
 
 
@@ -118,7 +120,7 @@ def _keys_kernel(
     label = load_labels(of(k_labels, batch, 0), mine, OPTIONS)
     q_labels = of(q_labels, batch, 0)
     dk, dv = of(dk, batch, k_head), of(dv, batch, k_head)
-    dk_rows, dv_rows = begin_sum(dk, mine, OPTIONS), begin_sum(dv, mine, OPTIONS)
+    dk_rows, dv_rows = zeros(OPTIONS, True), zeros(OPTIONS, True)
     first -= sizes.shift  # the query in slot 0
     limits = band_limits(start, first, sizes.q_len, order, OPTIONS.right, OPTIONS.left, OPTIONS)
     for share in range(OPTIONS.shares):
@@ -148,8 +150,8 @@ def _keys_kernel(
                 dk_rows, dv_rows = far_of_keys(
                     dk_rows, dv_rows, queries, k_rows, v_rows, label, offset, scores, dropout, OPTIONS
                 )
-    store_rows(dk, mine, dk_rows, OPTIONS)
-    store_rows(dv, mine, dv_rows, OPTIONS)
+    store_sum(dk, mine, dk_rows, earlier_rows(dk, mine, OPTIONS), OPTIONS)
+    store_sum(dv, mine, dv_rows, earlier_rows(dv, mine, OPTIONS), OPTIONS)
 
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout", "first_share"])
@@ -176,7 +178,9 @@ def _queries_kernel(
     k, v, k_labels = of(k, batch, k_head), of(v, batch, k_head), of(k_labels, batch, 0)
     steps = tl.arange(0, OPTIONS.block_m)
     dq = of(dq, batch, head)
-    dq_rows = begin_sum(dq, mine, OPTIONS)
+    dgate, weight, residual = of(dgate, batch, head), of(weight, batch, head), of(residual, batch, head)
+    earlier = earlier_sums(dgate, weight, residual, mine, OPTIONS)
+    dq_rows = zeros(OPTIONS, True)
     sums = no_sums(OPTIONS)
     first = order.low + sizes.shift  # the key in slot 0
     limits = band_limits(start, first, sizes.k_len, order, OPTIONS.left, OPTIONS.right, OPTIONS)
@@ -198,8 +202,5 @@ def _queries_kernel(
                 dq_rows, sums, queries, k, v, k_labels, m * stride if side == 0 else -m * stride, sizes,
                 scores, dropout, OPTIONS,
             )  # fmt: skip
-    store_rows(dq, mine, dq_rows, OPTIONS)
-    store_gate(
-        of(dgate, batch, head), of(weight, batch, head), of(residual, batch, head), mine, sums, scores,
-        OPTIONS,
-    )  # fmt: skip
+    store_sum(dq, mine, dq_rows, earlier_rows(dq, mine, OPTIONS), OPTIONS)
+    store_gate(dgate, weight, residual, mine, sums, earlier, scores, OPTIONS)

@@ -16,6 +16,7 @@ from pi_dist.kernels.gradients import (
     Queries,
     delta_of,
     dlogits_of,
+    earlier_sums,
     far_of_keys,
     far_of_queries,
     load_queries,
@@ -27,8 +28,8 @@ from pi_dist.kernels.tiles import (
     LOG2E,
     SKIP,
     Tokens,
-    begin_sum,
     decode,
+    earlier_rows,
     first_slot,
     load,
     load_gate,
@@ -40,7 +41,7 @@ from pi_dist.kernels.tiles import (
     priors_of,
     query_hash,
     shifted,
-    store_rows,
+    store_sum,
     tokens,
     zeros,
 )
@@ -85,14 +86,17 @@ def _tile(
     k_rows, v_rows = load_rows(k, keys, OPTIONS), load_rows(v, keys, OPTIONS)
     q_labels, k_labels = of(q_labels, batch, 0), of(k_labels, batch, 0)
     k_label = load_labels(k_labels, keys, OPTIONS)
-    dk_rows, dv_rows = begin_sum(dk, own_keys, OPTIONS), begin_sum(dv, own_keys, OPTIONS)
+    dk_before, dv_before = earlier_rows(dk, own_keys, OPTIONS), earlier_rows(dv, own_keys, OPTIONS)
+    dk_rows, dv_rows = zeros(OPTIONS, True), zeros(OPTIONS, True)
     for share in range(OPTIONS.share):
         head = k_head * OPTIONS.share + share
         stride = scores.stride + k_head * 0  # a tensor even if it is 1
         if not OPTIONS.uniform:
             stride = tl.load(strides_ptr + head)
         q_part, dout_part, out_part = of(q, batch, head), of(dout, batch, head), of(out, batch, head)
-        lse_part, gate_part = of(lse, batch, head), of(gate, batch, head)
+        lse_part, gate_part, dq_part = of(lse, batch, head), of(gate, batch, head), of(dq, batch, head)
+        gate_parts = of(dgate, batch, head), of(weight, batch, head), of(residual, batch, head)
+        sums_before = earlier_sums(*gate_parts, own_queries, OPTIONS)
         queries = _load_queries(
             q_part, out_part, dout_part, mine, lse_part, gate_part, q_labels, scores, dropout, batch, head,
             OPTIONS,
@@ -104,7 +108,8 @@ def _tile(
         dropped = pairs.dropped.to(queries.dout.dtype)
         dv_rows = tl.dot(tl.trans(dropped), queries.dout, dv_rows, input_precision="ieee")
         if OPTIONS.shifts == 0 and OPTIONS.share == 1:
-            store_rows(dv, own_keys, dv_rows, OPTIONS)
+            store_sum(dv, own_keys, dv_rows, dv_before, OPTIONS)
+        dq_before = earlier_rows(dq_part, own_queries, OPTIONS)
         passed, sums = dlogits_of(pairs, queries, v_rows, no_sums(OPTIONS), scores, OPTIONS)
         dk_rows = tl.dot(tl.trans(passed), queries.q, dk_rows, input_precision="ieee")
         for m in tl.static_range(1, OPTIONS.shifts + 1):
@@ -119,24 +124,20 @@ def _tile(
                 )
         if OPTIONS.share == 1:
             if OPTIONS.shifts > 0:
-                store_rows(dv, own_keys, dv_rows, OPTIONS)
-            store_rows(dk, own_keys, dk_rows, OPTIONS)
-        dq_part = of(dq, batch, head)
-        dq_rows = tl.dot(passed, k_rows, begin_sum(dq_part, own_queries, OPTIONS), input_precision="ieee")
+                store_sum(dv, own_keys, dv_rows, dv_before, OPTIONS)
+            store_sum(dk, own_keys, dk_rows, dk_before, OPTIONS)
+        dq_rows = tl.dot(passed, k_rows, input_precision="ieee")
         for m in tl.static_range(1, OPTIONS.shifts + 1):
             for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
                 dq_rows, sums = far_of_queries(
                     dq_rows, sums, queries, k, v, k_labels, m * stride if side == 0 else -m * stride, sizes,
                     scores, dropout, OPTIONS,
                 )  # fmt: skip
-        store_rows(dq_part, own_queries, dq_rows, OPTIONS)
-        store_gate(
-            of(dgate, batch, head), of(weight, batch, head), of(residual, batch, head), own_queries, sums,
-            scores, OPTIONS,
-        )  # fmt: skip
+        store_sum(dq_part, own_queries, dq_rows, dq_before, OPTIONS)
+        store_gate(*gate_parts, own_queries, sums, sums_before, scores, OPTIONS)
     if OPTIONS.share > 1:
-        store_rows(dk, own_keys, dk_rows, OPTIONS)
-        store_rows(dv, own_keys, dv_rows, OPTIONS)
+        store_sum(dk, own_keys, dk_rows, dk_before, OPTIONS)
+        store_sum(dv, own_keys, dv_rows, dv_before, OPTIONS)
 
 
 @triton.jit
@@ -176,28 +177,31 @@ def _walk(
             query_hash(dropout, batch, mine, head, OPTIONS),
         )
         own, own_before = _where(mine, number < TILES), _where(before, number > 0)
+        sums_before = earlier_sums(dgate, weight, residual, own, OPTIONS)
+        dk_before, dv_before = earlier_rows(dk, own_before, OPTIONS), earlier_rows(dv, own_before, OPTIONS)
+        dq_before = earlier_rows(dq, own, OPTIONS)
         pairs = softmax_of(
             queries, steps, k_before, before, steps - OPTIONS.block_m, load_labels(k_labels, before, OPTIONS),
             order, scores, dropout, stride, False, OPTIONS,
         )  # fmt: skip
         dropped = pairs.dropped.to(dout_rows.dtype)
         dv_rows = tl.dot(tl.trans(dropped), dout_rows, dv_rows, input_precision="ieee")
-        store_rows(dv, own_before, dv_rows, OPTIONS)
+        store_sum(dv, own_before, dv_rows, dv_before, OPTIONS)
         passed, sums = dlogits_of(pairs, queries, v_before, no_sums(OPTIONS), scores, OPTIONS)
         dk_rows = tl.dot(tl.trans(passed), queries.q, dk_rows, input_precision="ieee")
-        store_rows(dk, own_before, dk_rows, OPTIONS)
-        dq_rows = tl.dot(passed, k_before, begin_sum(dq, own, OPTIONS), input_precision="ieee")
+        store_sum(dk, own_before, dk_rows, dk_before, OPTIONS)
+        dq_rows = tl.dot(passed, k_before, input_precision="ieee")
         pairs = softmax_of(
             queries, steps, k_rows, mine, steps, load_labels(k_labels, mine, OPTIONS), order, scores, dropout,
             stride, False, OPTIONS,
         )  # fmt: skip
         dropped = pairs.dropped.to(dout_rows.dtype)
-        dv_rows = tl.dot(tl.trans(dropped), dout_rows, begin_sum(dv, own, OPTIONS), input_precision="ieee")
+        dv_rows = tl.dot(tl.trans(dropped), dout_rows, input_precision="ieee")
         passed, sums = dlogits_of(pairs, queries, v_rows, sums, scores, OPTIONS)
-        dk_rows = tl.dot(tl.trans(passed), queries.q, begin_sum(dk, own, OPTIONS), input_precision="ieee")
+        dk_rows = tl.dot(tl.trans(passed), queries.q, input_precision="ieee")
         dq_rows = tl.dot(passed, k_rows, dq_rows, input_precision="ieee")
-        store_rows(dq, own, dq_rows, OPTIONS)
-        store_gate(dgate, weight, residual, own, sums, scores, OPTIONS)
+        store_sum(dq, own, dq_rows, dq_before, OPTIONS)
+        store_gate(dgate, weight, residual, own, sums, sums_before, scores, OPTIONS)
 
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout"])

@@ -66,26 +66,37 @@ def _raise_top(x_top, softmax, OPTIONS: tl.constexpr):
         return Softmax(softmax.acc * rescale[:, None], softmax.total * rescale, top)
 
 
+class Keys(NamedTuple):
+    """What a program knows of keys: [N, D] rows and [N] values; slots count from the tile's first."""
+
+    k: Any
+    v: Any
+    tokens: Any
+    labels: Any
+    slots: Any
+
+
 @triton.jit
-def _tile(
-    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, block,
-    WIDTH: tl.constexpr, FULL: tl.constexpr, OPTIONS: tl.constexpr,
-):  # fmt: skip
-    """Add the keys in slots [block, block + WIDTH) from the tile's first; FULL: all are neighbours."""
-    steps = tl.arange(0, OPTIONS.block_m)
-    columns = block + tl.arange(0, WIDTH)
-    keys = tokens(order.low + sizes.shift, start, columns, order, sizes.k_len, OPTIONS)
-    k_rows = load_rows(k, keys, OPTIONS)  # [N, D]
-    v_rows = load_rows(v, keys, OPTIONS)
-    x = tl.dot(queries.rows, tl.trans(k_rows), input_precision="ieee")  # [M, N]
+def _load_keys(k, v, k_labels, sizes, order, start, block, WIDTH: tl.constexpr, OPTIONS: tl.constexpr):
+    """The keys in slots [block, block + WIDTH) from the tile's first."""
+    slots = block + tl.arange(0, WIDTH)
+    keys = tokens(order.low + sizes.shift, start, slots, order, sizes.k_len, OPTIONS)
+    k_rows, v_rows = load_rows(k, keys, OPTIONS), load_rows(v, keys, OPTIONS)
+    return Keys(k_rows, v_rows, keys, load_labels(k_labels, keys, OPTIONS), slots)
+
+
+@triton.jit
+def _tile(queries, softmax, keys, order, scores, dropout, stride, FULL: tl.constexpr, OPTIONS: tl.constexpr):
+    """Add keys; FULL: all are neighbours."""
+    slots = tl.arange(0, OPTIONS.block_m)
+    x = tl.dot(queries.rows, tl.trans(keys.k), input_precision="ieee")  # [M, N]
     ok, ring = neighbours(
-        steps[:, None], tl.where(keys.ok, columns, -NOWHERE)[None, :], queries.tokens.place[:, None], order,
-        scores, stride, OPTIONS,
+        slots[:, None], tl.where(keys.tokens.ok, keys.slots, -NOWHERE)[None, :],
+        queries.tokens.place[:, None], order, scores, stride, OPTIONS,
     )  # fmt: skip
     x, _ = clamped(x, ring, along_rows(queries.priors), scores, OPTIONS)
     if OPTIONS.has_labels:
-        labels = load_labels(k_labels, keys, OPTIONS)
-        same = (queries.labels[:, None] == labels[None, :]) & (queries.labels >= 0)[:, None]
+        same = (queries.labels[:, None] == keys.labels[None, :]) & (queries.labels >= 0)[:, None]
         ok = same if FULL else ok & same
     if OPTIONS.fixed_top:
         p = tl.exp2(x)
@@ -98,9 +109,9 @@ def _tile(
         p = tl.exp2(x - softmax.top[:, None])
     total = softmax.total + tl.sum(p, 1)
     if OPTIONS.dropout:
-        offset = (steps[:, None] - columns[None, :]).to(tl.int64) * order.step
+        offset = (slots[:, None] - keys.slots[None, :]).to(tl.int64) * order.step
         p = tl.where(keep(queries.hashed[:, None], offset, dropout), p, 0.0)
-    acc = tl.dot(p.to(v_rows.dtype), v_rows, softmax.acc, input_precision="ieee")
+    acc = tl.dot(p.to(keys.v.dtype), keys.v, softmax.acc, input_precision="ieee")
     return Softmax(acc, total, softmax.top)
 
 
@@ -147,35 +158,32 @@ def _block(
     if OPTIONS.merge:  # wanted at the end, and under way from here
         before, out_before = load(lse, mine, float("-inf")) * LOG2E, load_rows(out, mine, OPTIONS)
     softmax = Softmax(zeros(OPTIONS, True), zeros(OPTIONS, False), top)
-    if OPTIONS.halo > 0:
-        softmax = _tile(
-            queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, 0,
-            OPTIONS.block_m, False, OPTIONS,
-        )  # fmt: skip
+    if OPTIONS.halo > 0:  # all keys are under way before the first is needed
+        keys = _load_keys(k, v, k_labels, sizes, order, start, 0, OPTIONS.block_m, OPTIONS)
         if OPTIONS.left > 0:
-            softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, -OPTIONS.halo,
-                OPTIONS.halo, False, OPTIONS,
-            )  # fmt: skip
+            left = _load_keys(k, v, k_labels, sizes, order, start, -OPTIONS.halo, OPTIONS.halo, OPTIONS)
         if OPTIONS.right > 0:
-            softmax = _tile(
-                queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start,
-                OPTIONS.block_m, OPTIONS.halo, False, OPTIONS,
-            )  # fmt: skip
+            right = _load_keys(k, v, k_labels, sizes, order, start, OPTIONS.block_m, OPTIONS.halo, OPTIONS)
+    for m in tl.static_range(1, OPTIONS.shifts + 1):
+        softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, m * stride, OPTIONS)
+        if not OPTIONS.causal:
+            softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, -m * stride, OPTIONS)
+    if OPTIONS.halo > 0:
+        softmax = _tile(queries, softmax, keys, order, scores, dropout, stride, False, OPTIONS)
+        if OPTIONS.left > 0:
+            softmax = _tile(queries, softmax, left, order, scores, dropout, stride, False, OPTIONS)
+        if OPTIONS.right > 0:
+            softmax = _tile(queries, softmax, right, order, scores, dropout, stride, False, OPTIONS)
     else:
         limits = band_limits(
             start, order.low + sizes.shift, sizes.k_len, order, OPTIONS.left, OPTIONS.right, OPTIONS
         )
         for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
             for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
+                keys = _load_keys(k, v, k_labels, sizes, order, start, block, OPTIONS.block_n, OPTIONS)
                 softmax = _tile(
-                    queries, softmax, k, v, k_labels, sizes, scores, dropout, stride, order, start, block,
-                    OPTIONS.block_n, stretch == FULL_STRETCH, OPTIONS,
-                )  # fmt: skip
-    for m in tl.static_range(1, OPTIONS.shifts + 1):
-        softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, m * stride, OPTIONS)
-        if not OPTIONS.causal:
-            softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, -m * stride, OPTIONS)
+                    queries, softmax, keys, order, scores, dropout, stride, stretch == FULL_STRETCH, OPTIONS
+                )
 
     acc = softmax.acc
     if OPTIONS.dropout:

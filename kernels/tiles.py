@@ -265,12 +265,18 @@ def store_rows(rows, those, value, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def begin_sum(rows, those, OPTIONS: tl.constexpr):
-    """fp32 [M, block_d] to add to: what earlier launches left in these rows, or zeros."""
+def earlier_rows(rows, those, OPTIONS: tl.constexpr):
+    """What earlier launches left in rows, for `store_sum`: asked for early, since only added at the end."""
     if OPTIONS.merge:
-        return load_rows(rows, those, OPTIONS).to(tl.float32)
+        return load_rows(rows, those, OPTIONS)
     else:
-        return zeros(OPTIONS, True)
+        return 0.0
+
+
+@triton.jit
+def store_sum(rows, those, value, earlier, OPTIONS: tl.constexpr):
+    """As `store_rows`, added to what earlier launches left."""
+    store_rows(rows, those, value + earlier.to(tl.float32) if OPTIONS.merge else value, OPTIONS)
 
 
 @triton.jit
