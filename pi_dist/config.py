@@ -108,6 +108,9 @@ class ParallelConfig:
     exchange: Literal["ring_all_to_all", "all_to_all"] = "ring_all_to_all"
     """ring_all_to_all: window halo by ring send/recv, skip rows by one all_to_all_single (the paper's);
     all_to_all: both in the one all_to_all_single."""
+    overlap: Literal["none", "interior"] = "interior"
+    """interior: neighbours within a rank's own shard are worked on while rows travel;
+    none: rows are awaited first, for comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU per local rank over NCCL where there are any, else the CPU over gloo."""
     timeout_s: float = 600.0

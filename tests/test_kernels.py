@@ -401,11 +401,28 @@ def on_ranks(inputs, dout, pattern, labels, num_ranks, options):
         )
         k_labels = [None if labels is None else labels[:, slice(*block.run)] for block in plan.blocks]
         q_labels = None if labels is None else labels[:, mine]
-        of_queries = (q[:, mine], keys, values, gate[:, mine], q_labels, k_labels)
-        out, lse = triton_backend.pi_attention_fwd(spec, *of_queries)
-        dq, dkeys, dvalues, dgate = triton_backend.pi_attention_bwd(
-            spec, *of_queries, out, lse, dout[:, mine]
+        rest = (gate[:, mine], q_labels, k_labels)
+        out, lse = triton_backend.pi_attention_fwd(
+            spec,
+            q[:, mine],
+            keys[:1],
+            values[:1],
+            *rest,
+            lambda keys=keys, values=values: (keys[1:], values[1:]),
         )
+        sent = []
+        dq, own_dk, own_dv, dgate = triton_backend.pi_attention_bwd(
+            spec,
+            q[:, mine],
+            keys,
+            values,
+            *rest,
+            out,
+            lse,
+            dout[:, mine],
+            lambda *rows, to=sent: to.extend(rows),
+        )
+        dkeys, dvalues = [own_dk, *sent[0]], [own_dv, *sent[1]]
         parts.append((out, dq, dgate))
         for whole, gradients in ((dk, dkeys), (dv, dvalues)):
             assert [x.dtype for x in gradients] == [q.dtype] + [torch.float32] * (len(keys) - 1)
@@ -442,6 +459,45 @@ def test_shards_with_received_rows_equal_the_whole_sequence(pattern, heads, kv_h
     masks = {} if labels is None else {"segment_ids": labels, "padding_mask": labels >= 0}
     expected = results(pi_attention_oracle, inputs, dout, pattern, torch.float64, **options, **masks)
     assert_close(on_ranks(inputs, dout, pattern, labels, 3, options), expected)
+
+
+def test_the_interior_is_worked_on_while_rows_travel():
+    """Forward, rows are awaited after the launches on the shard; backward, what is sent back comes first."""
+    inputs, dout = draw_inputs(18, 1, 96, None, 1, 1)
+    q, k, v, gate = inputs
+    plan = make_plan(PiPattern(3, 40, num_skips=2), 1, 1, 96, 2, 1)
+    spec = AttentionSpec(
+        PiPattern(3, 40, num_skips=2), 1, plan.blocks, 0.5, 20.0, 0.0, 0, plan.shard.start, 0
+    )
+    keys, values = ([x[:, slice(*block.run)].clone() for block in plan.blocks] for x in (k, v))
+    mine, nowhere = slice(*plan.shard), [None] * len(keys)
+    rest = (gate[:, mine], None, nowhere)
+
+    def names(launches):
+        """(kernel, whether it works on the shard's own keys), or what happened in between."""
+        own = keys[0].data_ptr()
+        return [x if isinstance(x, str) else (x[0], x[1][1].ptr.data_ptr() == own) for x in launches]
+
+    with spied() as launches:
+
+        def arrive():
+            launches.append("arrive")
+            return keys[1:], values[1:]
+
+        out, lse = triton_backend.pi_attention_fwd(spec, q[:, mine], keys[:1], values[:1], *rest, arrive)
+        forward = names(launches)
+        launches.clear()
+        triton_backend.pi_attention_bwd(
+            spec, q[:, mine], keys, values, *rest, out, lse, dout[:, mine],
+            lambda dkeys, dvalues: launches.append("send back"),
+        )  # fmt: skip
+        backward = [name for name in names(launches) if name[0] != "_delta_kernel"]
+    arrived, sent = forward.index("arrive"), backward.index("send back")
+    assert 0 < arrived < len(forward) - 1
+    assert all(own for _, own in forward[:arrived]) and not any(own for _, own in forward[arrived + 1 :])
+    assert 0 < sent < len(backward) - 1
+    assert all(name == ("_keys_kernel", False) for name in backward[:sent])
+    assert all(own or name == "_queries_kernel" for name, own in backward[sent + 1 :])
 
 
 def test_gradients_of_received_rows_are_fp32_for_fp16_inputs():

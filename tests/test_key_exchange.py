@@ -41,7 +41,9 @@ def oracle(inputs, pattern, options):
     return [out.detach(), *torch.autograd.grad((out * dout).sum(), wanted)]
 
 
-def on_a_rank(pattern, options, input_arguments, fused, device="cpu", dtype=torch.float64):
+def on_a_rank(
+    pattern, options, input_arguments, fused, device="cpu", dtype=torch.float64, overlap="interior"
+):
     """(this shard's output and gradients, rows sent forward and backward in elements by way)."""
     q, k, v, gate, dout, labels = (None if x is None else x.to(device) for x in draw_inputs(*input_arguments))
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -65,7 +67,13 @@ def on_a_rank(pattern, options, input_arguments, fused, device="cpu", dtype=torc
     dist.all_to_all_single, dist.batch_isend_irecv = counting_all_to_all, counting_p2p
     try:
         out = sequence_parallel_pi_attention(
-            *tensors, pattern, dist.group.WORLD, labels=labels, fused_exchange=fused, **options
+            *tensors,
+            pattern,
+            dist.group.WORLD,
+            labels=labels,
+            fused_exchange=fused,
+            overlap=overlap,
+            **options,
         )
         gradients = torch.autograd.grad((out * dout[:, mine]).sum(), [x for x in tensors if x is not None])
     finally:
@@ -73,8 +81,8 @@ def on_a_rank(pattern, options, input_arguments, fused, device="cpu", dtype=torc
     return [x.cpu() for x in (out.detach(), *gradients)], sent
 
 
-def check_equal(pool, pattern, options, input_arguments, fused=False, device="cpu"):
-    found = pool.run(on_a_rank, pattern, options, input_arguments, fused, device)
+def check_equal(pool, pattern, options, input_arguments, fused=False, device="cpu", overlap="interior"):
+    found = pool.run(on_a_rank, pattern, options, input_arguments, fused, device, torch.float64, overlap)
     expected = oracle(draw_inputs(*input_arguments), pattern, options)
     for index, whole in enumerate(expected):
         parts = torch.cat([shard[index] for shard, _ in found], dim=1)
@@ -100,14 +108,14 @@ def cases(draw):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 def test_equals_the_dense_oracle_for_any_split(ranks, num_ranks):
-    """Any n, window, stride, heads, documents, padding; shards down to one token; both forms of exchange."""
+    """Any n, window, stride, heads, documents, padding; shards down to one token; every form of exchange."""
 
     @settings(max_examples=25)
-    @given(cases(), st.integers(1, 9), st.booleans())
-    def check(case, shard_length, fused):
+    @given(cases(), st.integers(1, 9), st.booleans(), st.sampled_from(["none", "interior"]))
+    def check(case, shard_length, fused, overlap):
         pattern, options, heads, gated, labels_kind, seed = case
         arguments = (seed, 2, shard_length * num_ranks, *heads, gated, labels_kind)
-        check_equal(ranks(num_ranks), pattern, options, arguments, fused)
+        check_equal(ranks(num_ranks), pattern, options, arguments, fused, overlap=overlap)
 
     check()
 

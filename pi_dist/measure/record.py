@@ -55,6 +55,7 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
         "precision": t.precision,
         "activation_checkpointing": t.activation_checkpointing,
         "exchange": config.parallel.exchange,
+        "overlap": config.parallel.overlap,
         "ms": round(seconds * 1e3, 2),
         "tokens_per_s": round(tokens / seconds),
         "mfu": round(flops / seconds / world_size / peak, 4) if peak and t.precision == "bf16" else None,

@@ -29,7 +29,7 @@ class SequenceContext:
         query_start: global position of the first token here. row_start: global number of the first batch row.
         seed: of this step and micro-step, for dropout.
         group: the ranks that share the sequence; None: this one alone.
-        fused_exchange: see `sequence_parallel_pi_attention`.
+        fused_exchange, overlap: see `sequence_parallel_pi_attention`.
     """
 
     labels: torch.Tensor | None = None
@@ -38,6 +38,7 @@ class SequenceContext:
     seed: int = 0
     group: dist.ProcessGroup | None = None
     fused_exchange: bool = False
+    overlap: str = "interior"
 
 
 class Gate(nn.Module):
@@ -113,5 +114,6 @@ class PiAttention(nn.Module):
             seed=derive_seed(context.seed, self.layer),
             row_start=context.row_start,
             fused_exchange=context.fused_exchange,
+            overlap=context.overlap,
         )
         return self.out(attended.flatten(2))

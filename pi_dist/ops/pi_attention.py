@@ -230,7 +230,7 @@ def _backward(q, k, v, gate, q_labels, k_labels, out, lse, dout, *options):
     *numbers, backend = options
     _, backward = backend_functions(backend, q)
     spec = _spec(q, k, *numbers)
-    dq, (dk,), (dv,), dgate = backward(spec, q, [k], [v], gate, q_labels, [k_labels], out, lse, dout)
+    dq, dk, dv, dgate = backward(spec, q, [k], [v], gate, q_labels, [k_labels], out, lse, dout)
     dgate = lse.new_empty(0) if gate is None else dgate.to(gate.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgate
 

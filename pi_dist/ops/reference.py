@@ -7,13 +7,19 @@ the pattern, with O(T · offsets) work and no T×T mask. Runs on any device and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from pi_dist.ops.dropout import keep_bits, position_hash
-from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, accumulate_dtype
+from pi_dist.ops.spec import (
+    GATE_EPSILON,
+    AttentionSpec,
+    accumulate_dtype,
+    nothing_arrives,
+    nothing_to_send,
+)
 
 
 class _Piece(NamedTuple):
@@ -163,6 +169,7 @@ def pi_attention_fwd(
     gate: torch.Tensor | None,
     q_labels: torch.Tensor | None,
     k_labels: list[torch.Tensor | None],
+    arrive: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]] = nothing_arrives,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward: (out [B, T, H, D] in q's dtype, lse [B, T, H] in the accumulation dtype).
 
@@ -170,13 +177,15 @@ def pi_attention_fwd(
 
     Args:
         q: [B, T, H, D].
-        keys, values: one [B, R, heads, D] per `spec.blocks`.
+        keys, values: those of the first of `spec.blocks`, [B, R, heads, D], in a list.
         gate: [B, T, H] or None.
         q_labels: [B, T] document of each query, negative for padding; None: one document, no padding.
         k_labels: one [B, R] per block.
+        arrive: waits for keys and values of the other blocks; called when they are needed.
     """
     dtype, num_heads = accumulate_dtype(q.dtype), q.shape[2]
     num_kv_heads = spec.num_kv_heads
+    keys, values = ([*own, *others] for own, others in zip((keys, values), arrive(), strict=True))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     for unit in _units(spec, num_heads, q.device):
@@ -220,9 +229,12 @@ def pi_attention_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     dout: torch.Tensor,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
-    """Backward: (dq, dkeys, dvalues, dgate) in the accumulation dtype, shaped as q, keys, values and gate.
+    send_back: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = nothing_to_send,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Backward: (dq, dk, dv, dgate) in the accumulation dtype, dk and dv those of the first block.
 
+    keys, values: one per `spec.blocks`. send_back takes dkeys and dvalues of the other blocks, once they are
+    whole.
     `out` is not needed here: the sum below errs less than Σ out·dout would. With P the probabilities after
     dropout, `dl = P·(dout·v) - softmax·Σ P·(dout·v)`, which is zero where the
     clamp is active; the gate takes `(1-2ε)·[Σ_ring dl / α - Σ_skip dl / (1-α)]`, α squeezed.
@@ -266,4 +278,5 @@ def pi_attention_bwd(
             alpha = (1 - 2 * GATE_EPSILON) * unit_gate + GATE_EPSILON
             ring, skip = dlogits[..., : scores.num_ring].sum(-1), dlogits[..., scores.num_ring :].sum(-1)
             _store(dgate, unit, num_kv_heads, (1 - 2 * GATE_EPSILON) * (ring / alpha - skip / (1 - alpha)))
-    return dq, dkeys, dvalues, dgate
+    send_back(dkeys[1:], dvalues[1:])
+    return dq, dkeys[0], dvalues[0], dgate

@@ -19,7 +19,7 @@ from pi_dist.kernels.pi_attention_bwd_fused import _fused_kernel
 from pi_dist.kernels.pi_attention_fwd import _pi_attention_fwd_kernel
 from pi_dist.kernels.tiles import Dropout, Options, Rows, Scores, Sizes
 from pi_dist.ops.pattern import PiPattern
-from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock
+from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock, nothing_arrives, nothing_to_send
 
 RING, SKIP, BOTH = (kind.value for kind in (tiles.RING, tiles.SKIP, tiles.BOTH))
 # decided when a kernel is decorated; asked here, since torch.compile cannot look at a kernel's type
@@ -188,6 +188,18 @@ class _Launch:
         """Strides of the query heads that look at the part's block."""
         return tuple(part.strides[h * self.share + s] for h in part.block.heads for s in range(self.share))
 
+    def alike(self, part: _Part) -> bool:
+        """Whether a program can do all query heads of a key/value head.
+
+        Heads whose skips differ in stride lie in different residue classes: one at a time.
+        """
+        strides, heads = self.strides_of(part), range(0, len(part.block.heads) * self.share, self.share)
+        return part.band.kind != SKIP or all(len(set(strides[h : h + self.share])) == 1 for h in heads)
+
+    def shares(self, part: _Part) -> list[tuple[int, int]]:
+        """(first, number of) query heads of a key/value head, for each launch of a wide band."""
+        return [(0, self.share)] if self.alike(part) else [(first, 1) for first in range(self.share)]
+
     def scores(self, part: _Part) -> Scores:
         pattern, spec = self.spec.pattern, self.spec
         stride = self.strides_of(part)[0]
@@ -257,16 +269,24 @@ class _Launch:
         return self.spec.query_start + part.start - part.block.run.start
 
 
-def pi_attention_fwd(spec, q, keys, values, gate, q_labels, k_labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `pi_dist.ops.reference.pi_attention_fwd`; lse is fp32. The first block holds all heads."""
+def pi_attention_fwd(
+    spec, q, keys, values, gate, q_labels, k_labels, arrive=nothing_arrives
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `pi_dist.ops.reference.pi_attention_fwd`; lse is fp32. The first block holds all heads.
+
+    Waits for the other blocks after the launches that need none of them.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, q_len, num_heads, _ = q.shape
     lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
-    q, keys, values = _dense_rows(q), [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
+    q, keys, values = _dense_rows(q), [_dense_rows(keys[0])], [_dense_rows(values[0])]
     launch = _Launch(spec, [q, *keys, *values], gate, q_labels is not None)
     parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
     for number, part in enumerate(parts):
         index = spec.blocks.index(part.block)
+        if index and len(keys) == 1:
+            for tensors, others in zip((keys, values), arrive(), strict=True):
+                tensors += others
         k, v, labels = keys[index], values[index], k_labels[index]
         view = slice(part.start, part.stop)
         length = part.stop - part.start
@@ -294,104 +314,145 @@ def pi_attention_fwd(spec, q, keys, values, gate, q_labels, k_labels) -> tuple[t
 
 
 def pi_attention_bwd(
-    spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout, send_back=nothing_to_send
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As `pi_dist.ops.reference.pi_attention_bwd`, but for the dtype of gradients.
 
     Those of q and of the first block are in q's, those of other blocks, which travel to their owners, fp32.
+    They are computed before the rest, so as to travel meanwhile.
     """
-    batch, q_len, num_heads, _ = q.shape
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dgate = None if gate is None else torch.empty_like(gate)  # laid out as the gate
-    dkeys, dvalues = (
-        [
-            torch.empty(x.shape, dtype=torch.float32 if index else q.dtype, device=q.device)
-            for index, x in enumerate(tensors)
-        ]
-        for tensors in (keys, values)
-    )
-    q, dout = _dense_rows(q), _dense_rows(dout)
-    keys, values = [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
-    launch = _Launch(spec, [q, dout, *keys, *values], gate, q_labels is not None)
-    touched: set[int] = set()
-    delta: torch.Tensor | None = None
-    parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
-    several = len(parts) > 1
-    weight, residual = (
-        (torch.empty_like(dgate), torch.empty_like(dgate)) if several and gate is not None else (dgate, dgate)
-    )
-    for number, part in enumerate(parts):
-        index = spec.blocks.index(part.block)
-        k, v, dk, dv = keys[index], values[index], dkeys[index], dvalues[index]
-        view = slice(part.start, part.stop)
-        band, length = part.band, part.stop - part.start
-        local = part.block.run == (spec.query_start, spec.query_start + q_len)
-        q_rows, dout_rows, out_rows, lse_rows = (_rows(x[:, view], q) for x in (q, dout, out, lse))
-        gate_rows = _rows(None if gate is None else gate[:, view], q)
-        gate_sums = [_rows(None if x is None else x[:, view], q) for x in (dgate, weight, residual)]
-        labels = (_rows(None if q_labels is None else q_labels[:, view], q), _rows(k_labels[index], q))
-        tables = (_table(part.strides, q.device), _table(part.block.heads, q.device))
-        scores, dropout, shift = launch.scores(part), launch.dropout_from(part.start), launch.shift(part)
-        kv_heads = len(part.block.heads)
-        first_of_block = index not in touched
-        touched.add(index)
-        # heads of one key/value head that differ in stride lie in different residue classes: one at a time
-        strides = launch.strides_of(part)
-        alike = band.kind != SKIP or all(
-            len(set(strides[h * launch.share : (h + 1) * launch.share])) == 1 for h in range(kv_heads)
+    call = _Backward(spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout)
+    received = [part for part in call.parts if part.block != spec.blocks[0]]
+    for part in received:
+        call.keys_of(part)
+    send_back(*call.gradients_of_received())
+    for part in call.parts:
+        if part in received:
+            call.queries_of(part)
+        elif not call.fused(part):
+            call.keys_of(part)
+            call.queries_of(part)
+    return call.dq, call.dkeys[0], call.dvalues[0], call.gradient_of_gate()
+
+
+class _Backward:
+    """The launches of one backward call. The first part's, of the first block, store what others add to."""
+
+    def __init__(self, spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout) -> None:
+        self.dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.dgate = None if gate is None else torch.empty_like(gate)  # laid out as the gate
+        self.dkeys, self.dvalues = (
+            [
+                torch.empty(x.shape, dtype=torch.float32 if index else q.dtype, device=q.device)
+                for index, x in enumerate(tensors)
+            ]
+            for tensors in (keys, values)
         )
-        fused = _fused(launch, part, batch) if local and alike else None
-        if fused is not None:
-            part, sizes, owned, walk = fused
-            num_tiles = launch.num_tiles(part, owned, length)
-            _fused_kernel[(num_tiles * kv_heads * batch,)](
-                q_rows, _rows(k, q), _rows(v, q), gate_rows, *labels, out_rows, lse_rows, dout_rows,
-                tables[0], _rows(dq, q), _rows(dk, q), _rows(dv, q), *gate_sums,
-                Sizes(length, k.shape[1], kv_heads, num_tiles, 0), scores, dropout,
-                OPTIONS=launch.options(
-                    part, sizes, merge=number > 0, shares=launch.share, parts=several, walk=walk
-                ),
+        self.spec, self.gate, self.out, self.lse = spec, gate, out, lse
+        self.q, self.dout = _dense_rows(q), _dense_rows(dout)
+        self.keys, self.values = [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
+        self.q_labels, self.k_labels = q_labels, k_labels
+        self.launch = _Launch(spec, [self.q, self.dout, *self.keys, *self.values], gate, q_labels is not None)
+        self.parts = _parts(
+            spec.pattern, spec.blocks, q.shape[2], spec.num_kv_heads, spec.query_start, q.shape[1]
+        )
+        self.several = len(self.parts) > 1
+        apart = self.several and gate is not None
+        self.weight, self.residual = (torch.empty_like(self.dgate) if apart else self.dgate for _ in range(2))
+        self.touched: set[int] = set()  # blocks
+        self._delta: torch.Tensor | None = None
+
+    def delta(self, part: _Part) -> torch.Tensor:
+        if self._delta is None:
+            self._delta = _delta(self.launch, part, self.out, self.dout)
+        return self._delta
+
+    def fused(self, part: _Part) -> bool:
+        """Compute all gradients of a part in one launch, if that can be."""
+        q, launch, batch = self.q, self.launch, self.q.shape[0]
+        fused = _fused(launch, part, batch) if launch.alike(part) and part.start == 0 else None
+        if fused is None or part.block.run != (self.spec.query_start, self.spec.query_start + q.shape[1]):
+            return False
+        merge = part != self.parts[0]
+        part, sizes, owned, walk = fused
+        k, v, dk, dv = (x[0] for x in (self.keys, self.values, self.dkeys, self.dvalues))
+        num_tiles, kv_heads = launch.num_tiles(part, owned, q.shape[1]), k.shape[2]
+        _fused_kernel[(num_tiles * kv_heads * batch,)](
+            _rows(q, q), _rows(k, q), _rows(v, q), _rows(self.gate, q), _rows(self.q_labels, q),
+            _rows(self.k_labels[0], q), _rows(self.out, q), _rows(self.lse, q), _rows(self.dout, q),
+            _table(part.strides, q.device), _rows(self.dq, q), _rows(dk, q), _rows(dv, q),
+            _rows(self.dgate, q), _rows(self.weight, q), _rows(self.residual, q),
+            Sizes(q.shape[1], q.shape[1], kv_heads, num_tiles, 0), launch.scores(part),
+            launch.dropout_from(0),
+            OPTIONS=launch.options(
+                part, sizes, merge=merge, shares=launch.share, parts=self.several, walk=walk
+            ),
+            **launch_options(sizes),
+        )  # fmt: skip
+        self.touched.add(0)
+        return True
+
+    def keys_of(self, part: _Part) -> None:
+        """dk and dv that a part's queries give its keys."""
+        index, launch = self.spec.blocks.index(part.block), self.launch
+        sizes, dk, dv = launch.block_sizes("keys", part), self.dkeys[index], self.dvalues[index]
+        length, k_len, kv_heads = part.stop - part.start, dk.shape[1], len(part.block.heads)
+        num_tiles = launch.num_tiles(part, sizes.block_m, k_len)
+        for first_share, shares in launch.shares(part):
+            _keys_kernel[(num_tiles * kv_heads * self.q.shape[0],)](
+                *self._common(part, index), _rows(dk, self.q), _rows(dv, self.q),
+                Sizes(length, k_len, kv_heads, num_tiles, launch.shift(part)), launch.scores(part),
+                launch.dropout_from(part.start), first_share,
+                OPTIONS=launch.options(part, sizes, merge=index in self.touched, shares=shares),
                 **launch_options(sizes),
             )  # fmt: skip
-            continue
-        if delta is None:
-            delta = _delta(launch, part, out, dout)
-        shares = launch.share if alike else 1
-        key_sizes = launch.block_sizes("keys", part)
-        query_sizes = launch.block_sizes("queries", part)
-        for first_share in range(0, launch.share, shares):
-            common = (
-                q_rows,
-                _rows(k, q),
-                _rows(v, q),
-                gate_rows,
-                *labels,
-                _rows(delta[:, view], q),
-                lse_rows,
-                dout_rows,
-                *tables,
-            )
-            key_merge = not first_of_block or first_share > 0
-            num_tiles = launch.num_tiles(part, key_sizes.block_m, k.shape[1])
-            _keys_kernel[(num_tiles * kv_heads * batch,)](
-                *common, _rows(dk, q), _rows(dv, q), Sizes(length, k.shape[1], kv_heads, num_tiles, shift),
-                scores, dropout, first_share,
-                OPTIONS=launch.options(part, key_sizes, merge=key_merge, shares=shares),
-                **launch_options(key_sizes),
+            self.touched.add(index)
+
+    def queries_of(self, part: _Part) -> None:
+        """dq and the gate's sums that a part's keys give its queries."""
+        index, launch, q = self.spec.blocks.index(part.block), self.launch, self.q
+        sizes, view = launch.block_sizes("queries", part), slice(part.start, part.stop)
+        length, k_len, kv_heads = (
+            part.stop - part.start,
+            self.keys[index].shape[1],
+            len(part.block.heads),
+        )
+        num_tiles = launch.num_tiles(part, sizes.block_m, length)
+        sums = (None if x is None else x[:, view] for x in (self.dgate, self.weight, self.residual))
+        sums = [_rows(x, q) for x in sums]
+        merge = part != self.parts[0]
+        for first_share, shares in launch.shares(part):
+            _queries_kernel[(num_tiles * kv_heads * shares * q.shape[0],)](
+                *self._common(part, index), _rows(self.dq[:, view], q), *sums,
+                Sizes(length, k_len, kv_heads * shares, num_tiles, launch.shift(part)), launch.scores(part),
+                launch.dropout_from(part.start), first_share,
+                OPTIONS=launch.options(part, sizes, merge=merge, shares=shares, parts=self.several),
+                **launch_options(sizes),
             )  # fmt: skip
-            num_tiles = launch.num_tiles(part, query_sizes.block_m, length)
-            _queries_kernel[(num_tiles * kv_heads * shares * batch,)](
-                *common, _rows(dq[:, view], q), *gate_sums,
-                Sizes(length, k.shape[1], kv_heads * shares, num_tiles, shift), scores, dropout, first_share,
-                OPTIONS=launch.options(part, query_sizes, merge=number > 0, shares=shares, parts=several),
-                **launch_options(query_sizes),
-            )  # fmt: skip
-    for index in set(range(len(keys))) - touched:
-        dkeys[index].zero_()
-        dvalues[index].zero_()
-    if several and gate is not None:  # see `_store_gate`
-        dgate = (1 - 2 * GATE_EPSILON) * torch.addcmul(dgate, residual, weight, value=-1)
-    return dq, dkeys, dvalues, dgate
+
+    def _common(self, part: _Part, index: int) -> list[Rows | torch.Tensor]:
+        """What the two kernels of a wide band read."""
+        q, view = self.q, slice(part.start, part.stop)
+        of_queries = (q, self.gate, self.q_labels, self.delta(part), self.lse, self.dout)
+        mine, gate, labels, delta, lse, dout = (
+            _rows(None if x is None else x[:, view], q) for x in of_queries
+        )
+        k, v, k_labels = (_rows(x[index], q) for x in (self.keys, self.values, self.k_labels))
+        tables = (_table(part.strides, q.device), _table(part.block.heads, q.device))
+        return [mine, k, v, gate, labels, k_labels, delta, lse, dout, *tables]
+
+    def gradients_of_received(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """dk and dv of every block but the first; zeros where no query looks at one."""
+        for index in set(range(1, len(self.keys))) - self.touched:
+            self.dkeys[index].zero_()
+            self.dvalues[index].zero_()
+        return self.dkeys[1:], self.dvalues[1:]
+
+    def gradient_of_gate(self) -> torch.Tensor | None:
+        """dα, put together if several launches made it, see `store_gate`."""
+        if not self.several or self.dgate is None:
+            return self.dgate
+        return (1 - 2 * GATE_EPSILON) * torch.addcmul(self.dgate, self.residual, self.weight, value=-1)
 
 
 def _fused(launch: _Launch, part: _Part, batch: int) -> tuple[_Part, Blocks, int, bool] | None:

@@ -2,12 +2,13 @@
 
 Forward, every rank ends up with the blocks of the plan: its own shard, which is not copied, and for each head
 group the rows that it received. Backward, gradients of received rows return to their owner in the
-accumulation dtype (fp32 for bf16) and are added.
+accumulation dtype (fp32 for bf16) and are added. Both are started, and waited for when they are needed: what
+is computed in between hides them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,13 @@ from pi_dist.parallel.collectives import all_to_all, ring_exchange
 from pi_dist.parallel.exchange_plan import ExchangePlan, Message
 
 
-def exchange_keys(
+def start_exchange(
     plan: ExchangePlan, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values of every block of the plan, from the shard's [B, m, H_kv, D]; the first are k and v."""
+) -> Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Send the shard's keys and values [B, m, H_kv, D] to those that need them.
+
+    Returns what waits for the rows of others: it gives (keys, values) of all blocks but the first.
+    """
     batch, _, _, head_dim = k.shape
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
@@ -28,31 +32,45 @@ def exchange_keys(
             for tensor in (k, v):
                 yield from (_rows(tensor, plan.shard, run)[:, :, list(heads.kv_heads)] for run in rows)
 
-    pieces: list[list[tuple[Run, torch.Tensor, torch.Tensor]]] = [[] for _ in plan.groups]
-    for message, flat in _travel(plan, pack, batch, head_dim, k, group, backward=False):
-        for index, (group_rows, blocks) in enumerate(_unpack(message, flat, plan, batch, head_dim)):
-            pieces[index] += [(run, *block) for run, block in zip(group_rows, blocks, strict=True)]
-    keys, values = [k], [v]
-    for of_group, runs in zip(pieces, plan.received, strict=True):
-        ordered = sorted(of_group, key=lambda piece: piece[0])
-        for whole in runs:
-            parts = [piece for piece in ordered if whole.start <= piece[0].start < whole.stop]
-            for blocks, position in ((keys, 1), (values, 2)):
-                tensors = [part[position] for part in parts]
-                blocks.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1))
-    return keys, values
+    arrive = _travel(plan, pack, batch, head_dim, k, group, backward=False)
+
+    def wait() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        pieces: list[list[tuple[Run, torch.Tensor, torch.Tensor]]] = [[] for _ in plan.groups]
+        for message, flat in arrive():
+            for index, (group_rows, blocks) in enumerate(_unpack(message, flat, plan, batch, head_dim)):
+                pieces[index] += [(run, *block) for run, block in zip(group_rows, blocks, strict=True)]
+        keys, values = [], []
+        for of_group, runs in zip(pieces, plan.received, strict=True):
+            ordered = sorted(of_group, key=lambda piece: piece[0])
+            for whole in runs:
+                parts = [piece for piece in ordered if whole.start <= piece[0].start < whole.stop]
+                for blocks, position in ((keys, 1), (values, 2)):
+                    tensors = [part[position] for part in parts]
+                    blocks.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1))
+        return keys, values
+
+    return wait
 
 
-def return_gradients(
-    plan: ExchangePlan, dkeys: list[torch.Tensor], dvalues: list[torch.Tensor], group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The conjugate of `exchange_keys`: gradients of the blocks to (dk, dv) of the shard, [B, m, H_kv, D].
+def start_return(
+    plan: ExchangePlan,
+    k: torch.Tensor,
+    dkeys: list[torch.Tensor],
+    dvalues: list[torch.Tensor],
+    group: dist.ProcessGroup,
+) -> tuple[Callable[[], object], Callable[[torch.Tensor, torch.Tensor], None]]:
+    """The conjugate of `start_exchange`: send the gradients of every block but the first to their owners.
 
-    Adds to dkeys[0] and dvalues[0], and returns them. Sums are in the dtype that travels, in an order that
-    does not depend on timing.
+    Args:
+        k: the shard's keys [B, m, H_kv, D], for shape, dtype and device.
+        dkeys, dvalues: in the accumulation dtype of k.
+
+    Returns:
+        What waits for the gradients that others send; and what waits for them and adds them to (dk, dv) of
+        the shard. Sums are in the dtype that travels, in an order that does not depend on timing.
     """
-    batch, _, _, head_dim = dkeys[0].shape
-    received = {block: index for index, block in enumerate(plan.blocks) if index > 0}
+    batch, _, _, head_dim = k.shape
+    received = {block: index for index, block in enumerate(plan.blocks[1:])}
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
         for heads, rows, runs in zip(plan.groups, message.rows, plan.received, strict=True):
@@ -61,16 +79,20 @@ def return_gradients(
                     whole = next(whole for whole in runs if whole.start <= run.start < whole.stop)
                     yield _rows(tensors[received[KeyBlock(heads.kv_heads, whole)]], whole, run)
 
-    like = dkeys[1] if len(dkeys) > 1 else dkeys[0].new_empty(0, dtype=accumulate_dtype(dkeys[0].dtype))
-    for message, flat in _travel(plan, pack, batch, head_dim, like, group, backward=True):
-        unpacked = _unpack(message, flat, plan, batch, head_dim)
-        for heads, (group_rows, blocks) in zip(plan.groups, unpacked, strict=True):
-            for run, block in zip(group_rows, blocks, strict=True):
-                for target, gradient in zip((dkeys[0], dvalues[0]), block, strict=True):
-                    rows = _rows(target, plan.shard, run)
-                    columns = list(heads.kv_heads)
-                    rows[:, :, columns] = (rows[:, :, columns].to(gradient.dtype) + gradient).to(target.dtype)
-    return dkeys[0], dvalues[0]
+    like = k.new_empty(0, dtype=accumulate_dtype(k.dtype))
+    wait = _travel(plan, pack, batch, head_dim, like, group, backward=True)
+
+    def add_to(dk: torch.Tensor, dv: torch.Tensor) -> None:
+        for message, flat in wait():
+            unpacked = _unpack(message, flat, plan, batch, head_dim)
+            for heads, (group_rows, blocks) in zip(plan.groups, unpacked, strict=True):
+                for run, block in zip(group_rows, blocks, strict=True):
+                    for target, gradient in zip((dk, dv), block, strict=True):
+                        rows, columns = _rows(target, plan.shard, run), list(heads.kv_heads)
+                        total = rows[:, :, columns].to(gradient.dtype) + gradient
+                        rows[:, :, columns] = total.to(target.dtype)
+
+    return wait, add_to
 
 
 def _rows(tensor: torch.Tensor, lies: Run, wanted: Run) -> torch.Tensor:
@@ -78,8 +100,10 @@ def _rows(tensor: torch.Tensor, lies: Run, wanted: Run) -> torch.Tensor:
     return tensor[:, wanted.start - lies.start : wanted.stop - lies.start]
 
 
-def _travel(plan, pack, batch, head_dim, like, group, *, backward) -> list[tuple[Message, torch.Tensor]]:
-    """Send what `pack` yields for each message; returns the received (message, flat tensor).
+def _travel(
+    plan, pack, batch, head_dim, like, group, *, backward
+) -> Callable[[], list[tuple[Message, torch.Tensor]]]:
+    """Send what `pack` yields for each message; returns what waits for all received (message, flat tensor).
 
     Backward, receives become sends. The order of what is returned never changes, and the order of collectives
     is the same on every rank.
@@ -111,9 +135,13 @@ def _travel(plan, pack, batch, head_dim, like, group, *, backward) -> list[tuple
         arrived, work = all_to_all(flat(skip_sends), counts(skip_sends), sizes, group)
         pending.append(work)
         received += zip(skip_receives, arrived.split(sizes), strict=True)
-    for work in pending:
-        work.wait()
-    return received
+
+    def wait() -> list[tuple[Message, torch.Tensor]]:
+        while pending:
+            pending.pop().wait()
+        return received
+
+    return wait
 
 
 def _unpack(message: Message, flat: torch.Tensor, plan: ExchangePlan, batch: int, head_dim: int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -10,7 +12,7 @@ from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.pi_attention import backend_functions, check_options, check_shapes, pi_attention
 from pi_dist.ops.spec import AttentionSpec, Run
 from pi_dist.parallel.exchange_plan import make_plan
-from pi_dist.parallel.key_exchange import exchange_keys, return_gradients
+from pi_dist.parallel.key_exchange import start_exchange, start_return
 
 
 def sequence_parallel_pi_attention(
@@ -28,6 +30,7 @@ def sequence_parallel_pi_attention(
     seed: int | None = None,
     row_start: int = 0,
     fused_exchange: bool = False,
+    overlap: str = "interior",
     backend: str = "auto",
 ) -> torch.Tensor:
     """π-attention over a sequence that lies in contiguous shards of m tokens on the P ranks of `group`.
@@ -42,6 +45,8 @@ def sequence_parallel_pi_attention(
             `all_gather_tokens`).
         fused_exchange: True sends the window halo inside the all_to_all_single; False by ring send/recv
             beside it.
+        overlap: "interior" works on neighbours within the shard while rows travel, forward and backward, so
+            that only rows at the boundary wait; "none" waits first.
         Other arguments as in `pi_dist.ops.pi_attention`.
 
     Returns:
@@ -63,6 +68,8 @@ def sequence_parallel_pi_attention(
             q, k, v, gate, pattern, segment_ids=labels, row_start=row_start, backend=backend, **options
         )
     check_options(**options)
+    if overlap not in ("none", "interior"):
+        raise ValueError(f"overlap ({overlap!r}) in ('none', 'interior') does not hold")
     plan = make_plan(
         pattern, q.shape[2], k.shape[2], seq_len, num_ranks, dist.get_rank(group), fused_exchange
     )
@@ -78,7 +85,7 @@ def sequence_parallel_pi_attention(
         row_start=row_start,
     )
     return _SequenceParallelPiAttention.apply(
-        q, k, v, gate, labels, spec, plan, group, backend_functions(backend, q)
+        q, k, v, gate, labels, spec, plan, group, overlap, backend_functions(backend, q)
     )
 
 
@@ -95,12 +102,22 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
     """One Function around exchange and operator, so that gradients of received rows travel in fp32."""
 
     @staticmethod
-    def forward(ctx, q, k, v, gate, labels, spec, plan, group, functions):
+    def forward(ctx, q, k, v, gate, labels, spec, plan, group, overlap, functions):
         forward, ctx.backward_function = functions
-        keys, values = exchange_keys(plan, k, v, group)
-        out, lse = forward(spec, q, keys, values, gate, *_labels(labels, plan.shard, spec))
-        ctx.save_for_backward(q, gate, labels, out, lse, *keys, *values)
-        ctx.spec, ctx.plan, ctx.group = spec, plan, group
+        wait = start_exchange(plan, k, v, group)
+        received: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+        def arrive() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            if not received:
+                received.append(wait())
+            return received[0]
+
+        if overlap == "none":
+            arrive()
+        out, lse = forward(spec, q, [k], [v], gate, *_labels(labels, plan.shard, spec), arrive)
+        keys, values = arrive()
+        ctx.save_for_backward(q, gate, labels, out, lse, k, *keys, v, *values)
+        ctx.spec, ctx.plan, ctx.group, ctx.overlap = spec, plan, group, overlap
         return out
 
     @staticmethod
@@ -108,9 +125,18 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, gate, labels, out, lse, *rows = ctx.saved_tensors
         keys, values = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-        dq, dkeys, dvalues, dgate = ctx.backward_function(
-            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), out, lse, dout
-        )
-        dk, dv = return_gradients(ctx.plan, dkeys, dvalues, ctx.group)
+        finish: list[Callable[[torch.Tensor, torch.Tensor], None]] = []
+
+        def send_back(dkeys: list[torch.Tensor], dvalues: list[torch.Tensor]) -> None:
+            wait, add_to = start_return(ctx.plan, keys[0], dkeys, dvalues, ctx.group)
+            finish.append(add_to)
+            if ctx.overlap == "none":
+                wait()
+
+        dq, dk, dv, dgate = ctx.backward_function(
+            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), out, lse, dout,
+            send_back,
+        )  # fmt: skip
+        finish[0](dk, dv)
         dgate = None if dgate is None else dgate.to(gate.dtype)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dgate, None, None, None, None, None
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dgate, *[None] * 6

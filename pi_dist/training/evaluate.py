@@ -52,6 +52,7 @@ def summed_loss(model: Model, mesh: Mesh, batch: Batch, parallel: ParallelConfig
         seed=seed,
         group=mesh.sp_group,
         fused_exchange=parallel.exchange == "all_to_all",
+        overlap=parallel.overlap,
     )
     return model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device), context)
 
