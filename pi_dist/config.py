@@ -19,10 +19,17 @@ class ConfigError(UserError):
     """The configuration cannot work; the message names the key and the equation that fails."""
 
 
+Method = Literal["pi", "window", "dense", "ring", "ulysses"]
+EXACT_METHODS = ("dense", "ring", "ulysses")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The π-Transformer: a pre-norm stack of π-attention and GELU MLP, rotary positions, tied embeddings."""
 
+    method: Method | list[Method] = "pi"
+    """Attention of all layers, or of each. pi; window: its skips off; and, exact over the whole context,
+    without gate and clamp: dense (one rank), ring (ring attention), ulysses (DeepSpeed's)."""
     num_layers: int = 12
     """Number of blocks."""
     hidden_size: int = 768
@@ -66,6 +73,16 @@ class ModelConfig:
     """Dropout on attention probabilities, keyed by global position (the same on any number of ranks)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The method of every layer."""
+        return (self.method,) * self.num_layers if isinstance(self.method, str) else tuple(self.method)
+
+    def gated(self, layer: int) -> bool:
+        """Whether a layer has a gate: with the window or the skips off there is nothing to weigh."""
+        both = self.ring and self.skip and self.num_skips > 0
+        return self.gate != "none" and both and self.methods[layer] == "pi"
 
     @property
     def head_dim(self) -> int:
@@ -228,6 +245,21 @@ def check_model(model: ModelConfig) -> None:
         f"0 <= attention_dropout ({m.attention_dropout}) < 1",
     )
     _require(m.ring or (m.skip and m.num_skips > 0), "model.ring", "ring or (skip and num_skips > 0)")
+    _require(
+        len(m.methods) == m.num_layers,
+        "model.method",
+        f"len(method) ({len(m.methods)}) == num_layers ({m.num_layers})",
+    )
+    exact = sorted(set(m.methods) & set(EXACT_METHODS))
+    if exact:
+        only = "an exact method is causal and has no dropout of its own"
+        _require(m.causal, "model.method", f"causal == true for {exact[0]!r}", only)
+        _require(
+            m.attention_dropout == 0,
+            "model.method",
+            f"attention_dropout ({m.attention_dropout}) == 0 for {exact[0]!r}",
+            only,
+        )
     if m.strides is not None:
         _require(
             len(m.strides) == m.num_layers,
@@ -271,6 +303,18 @@ def check(config: Config, world_size: int = 1) -> None:
         t.context % p.sp_degree == 0,
         "parallel.sp_degree",
         f"training.context ({t.context}) % sp_degree ({p.sp_degree}) == 0",
+    )
+    _require(
+        "dense" not in m.methods or p.sp_degree == 1,
+        "model.method",
+        f"parallel.sp_degree ({p.sp_degree}) == 1 for 'dense'",
+        "ring and ulysses are exact on several ranks",
+    )
+    _require(
+        "ulysses" not in m.methods or m.kv_heads % p.sp_degree == 0,
+        "model.method",
+        f"num_kv_heads ({m.kv_heads}) % parallel.sp_degree ({p.sp_degree}) == 0 for 'ulysses'",
+        "its ranks share out the heads",
     )
     _require(world_size >= 1, "launch", f"ranks ({world_size}) >= 1")
     _require(

@@ -140,7 +140,7 @@ def handed_gate(monkeypatch, layer, x, table):
 def test_projection_and_gate_are_the_formula(gate_input, monkeypatch):
     """α and the layer against Wq, Wk, Wv, W1, b1, W2 and b2 written out: values and every gradient, fp64."""
     config = dataclasses.replace(TINY, gate_input=gate_input)
-    layer = attention.PiAttention(config, 0, layer_patterns(config, 32)[0]).double()
+    layer = attention.Attention(config, 0, layer_patterns(config, 32)[0]).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -181,7 +181,7 @@ def test_projection_and_gate_are_the_formula(gate_input, monkeypatch):
 def test_tokens_of_a_head_lie_side_by_side_in_the_gate(gate_input, autocast, monkeypatch):
     """α [B, T, H] is a view of a contiguous [B, H, T], and fp32, also where the projection is bf16."""
     config = dataclasses.replace(TINY, gate_input=gate_input)
-    layer = attention.PiAttention(config, 0, layer_patterns(config, 32)[0])
+    layer = attention.Attention(config, 0, layer_patterns(config, 32)[0])
     table = rotary_table(0, 12, 4, 10000.0, torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         alpha, out = handed_gate(monkeypatch, layer, torch.randn(2, 12, 16), table)

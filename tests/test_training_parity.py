@@ -6,6 +6,8 @@ grouped-query heads with two strides, and attention dropout, which is keyed by p
 split.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from distributed import Ranks
@@ -49,10 +51,10 @@ def global_batch():
     return tokens, labels, segment_ids
 
 
-def one_process():
+def one_process(model=MODEL):
     """(mean loss, held-out loss, gradients by name) without DeepSpeed, groups or accumulation."""
     tokens, labels, segment_ids = global_batch()
-    model = PiTransformer(MODEL, CONTEXT, seed=1)
+    model = PiTransformer(model, CONTEXT, seed=1)
     valid = (labels != IGNORE).sum()
     loss = model(tokens, labels, SequenceContext(labels=segment_ids, seed=SEED)) / valid
     loss.backward()
@@ -76,16 +78,16 @@ class HeldOut:
             yield Batch(*parts, query_start=start, row_start=first)
 
 
-def on_a_rank(sp, stages, options, update, device="cpu"):
+def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL):
     """For each ZeRO stage: (loss, held-out loss, gradients) of one optimizer step's global batch."""
     mesh = make_mesh(sp, torch.device(device))
     results = []
     for stage in stages:
         training = TrainingConfig(context=CONTEXT, batch_size=ROWS, warmup_steps=1, **options)
         config = Config(
-            model=MODEL, parallel=ParallelConfig(sp_degree=sp, zero_stage=stage), training=training
+            model=model_config, parallel=ParallelConfig(sp_degree=sp, zero_stage=stage), training=training
         )
-        model = PiTransformer(MODEL, CONTEXT, 1, training.activation_checkpointing)
+        model = PiTransformer(model_config, CONTEXT, 1, training.activation_checkpointing)
         engine = Engine(model, config, mesh)
         data = HeldOut(mesh, training.micro_batch_size)
         heldout = heldout_loss(engine, mesh, data, config.parallel)
@@ -109,8 +111,8 @@ def on_a_rank(sp, stages, options, update, device="cpu"):
     return results
 
 
-def check(found, tolerance=1e-5):
-    loss, heldout, gradients = one_process()
+def check(found, tolerance=1e-5, model=MODEL):
+    loss, heldout, gradients = one_process(model)
     for of_rank in found:
         for found_loss, found_heldout, found_gradients, updated in of_rank:
             assert found_loss == pytest.approx(loss, rel=tolerance)
@@ -148,3 +150,12 @@ def test_bf16_stays_within_the_error_of_bf16(zero_stage):
     """No gradient is off by a factor; bf16 has 8 bits, and the sums of two layers lose a few of them."""
     with Ranks(2) as ranks:
         check(ranks.run(on_a_rank, 2, [zero_stage], {"precision": "bf16"}, False), tolerance=0.06)
+
+
+@pytest.mark.parametrize("method", ["window", "ring", "ulysses", ["pi", "ring"], ["ulysses", "pi"]], ids=str)
+def test_other_methods_and_mixed_stacks_equal_one_process(method):
+    """In ZeRO 1 and 3, with recomputation."""
+    model = replace(MODEL, method=method, attention_dropout=0.0)
+    with Ranks(2) as ranks:
+        found = ranks.run(on_a_rank, 2, [1, 3], {"activation_checkpointing": True}, False, "cpu", model)
+    check(found, model=model)

@@ -43,7 +43,7 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
     reach = report(config.model, t.context)
     cuda = torch.cuda.is_available() and config.parallel.device != "cpu"
     row = {
-        "method": "pi",
+        "method": "+".join(dict.fromkeys(config.model.methods)),
         "num_layers": config.model.num_layers,
         "hidden_size": config.model.hidden_size,
         "num_parameters": outcome.num_parameters,

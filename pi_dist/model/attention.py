@@ -15,6 +15,8 @@ from pi_dist.ops.dropout import derive_seed
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import accumulate_dtype
 from pi_dist.parallel.pi_attention import sequence_parallel_pi_attention
+from pi_dist.parallel.ring_attention import ring_attention
+from pi_dist.parallel.ulysses import ulysses_attention
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,17 @@ class Gate(nn.Module):
             return torch.sigmoid(logit.transpose(1, 2).contiguous()).transpose(1, 2)
 
 
-class PiAttention(nn.Module):
-    """π-attention with rotary positions; q, k, v and what the gate has `projected` come from one matrix."""
+class Attention(nn.Module):
+    """Attention by the layer's method, with rotary positions.
+
+    q, k, v and what the gate has `projected` come from one matrix.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, pattern: PiPattern) -> None:
         super().__init__()
         self.config, self.layer, self.pattern = config, layer, pattern
-        # with the window or the skips off there is nothing to weigh, and no prior is added
-        gated = config.gate != "none" and config.ring and config.skip and config.num_skips > 0
+        self.method = config.methods[layer]
+        gated = config.gated(layer)
         self.gate = Gate(config) if gated else None
         kv_size = config.kv_heads * config.head_dim
         self.sizes = [config.hidden_size, kv_size, kv_size, self.gate.projected if gated else 0]
@@ -101,19 +106,38 @@ class PiAttention(nn.Module):
         q, k, v = (
             part.unflatten(-1, (-1, config.head_dim)) for part in (query, key, value)
         )  # [B, m, heads, D]
-        attended = sequence_parallel_pi_attention(
-            rotate(q, table),
-            rotate(k, table),
-            v,
-            gate,
-            self.pattern,
-            context.group,
-            labels=context.labels,
-            logit_cap=config.logit_cap,
-            dropout_p=config.attention_dropout if self.training else 0.0,
-            seed=derive_seed(context.seed, self.layer),
-            row_start=context.row_start,
-            fused_exchange=context.fused_exchange,
-            overlap=context.overlap,
-        )
+        attended = self._attend(rotate(q, table), rotate(k, table), v, gate, context)
         return self.out(attended.flatten(2))
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor | None,
+        context: SequenceContext,
+    ) -> torch.Tensor:
+        match self.method:
+            case "pi" | "window":
+                return sequence_parallel_pi_attention(
+                    q,
+                    k,
+                    v,
+                    gate,
+                    self.pattern,
+                    context.group,
+                    labels=context.labels,
+                    logit_cap=self.config.logit_cap,
+                    dropout_p=self.config.attention_dropout if self.training else 0.0,
+                    seed=derive_seed(context.seed, self.layer),
+                    row_start=context.row_start,
+                    fused_exchange=context.fused_exchange,
+                    overlap=context.overlap,
+                )
+            case "dense" | "ring":
+                return ring_attention(q, k, v, context.group, labels=context.labels)
+            case "ulysses":
+                return ulysses_attention(q, k, v, context.group, labels=context.labels)
+        raise ValueError(
+            f"method ({self.method!r}) in ('pi', 'window', 'dense', 'ring', 'ulysses') does not hold"
+        )

@@ -10,7 +10,9 @@ def mean_pairs(config: ModelConfig, context: int) -> float:
     """Query-key pairs of one query in a sequence of one document: mean over positions, heads and layers."""
     total = 0
     for pattern in layer_patterns(config, context):
-        ring = sum(max(0, context - abs(o)) for o in pattern.ring_offsets())
+        window = min(pattern.window, context - 1)
+        back = window * context - window * (window + 1) // 2  # Σ over offsets o, 1 to k, of n - o
+        ring = (back if pattern.causal else 2 * back) + (context if pattern.include_self else 0)
         strides = pattern.head_strides(config.num_heads)
         skips = sum(max(0, context - abs(o)) for stride in strides for o in pattern.skip_offsets(stride))
         total += ring + skips / config.num_heads
@@ -24,7 +26,7 @@ def training_flops_per_token(config: ModelConfig, context: int) -> float:
     """
     d, kv = config.hidden_size, config.kv_heads * config.head_dim
     block = d * (d + 2 * kv) + d * d + 8 * d * d
-    if config.gate == "dynamic" and config.ring and config.skip and config.num_skips > 0:
-        block += d * (d // 2) + (d // 2) * config.num_heads
-    matmul = config.num_layers * block + d * config.vocab_size
+    gate = d * (d // 2) + (d // 2) * config.num_heads if config.gate == "dynamic" else 0
+    gates = sum(config.gated(layer) for layer in range(config.num_layers))
+    matmul = config.num_layers * block + gates * gate + d * config.vocab_size
     return 6.0 * matmul + 12.0 * d * config.num_layers * mean_pairs(config, context)

@@ -1,4 +1,4 @@
-"""The π-Transformer: pre-norm blocks of π-attention and GELU MLP, tied embeddings."""
+"""The π-Transformer: pre-norm blocks of attention and GELU MLP, tied embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pi_dist.config import ModelConfig
-from pi_dist.model.attention import PiAttention, SequenceContext
+from pi_dist.model.attention import Attention, SequenceContext
 from pi_dist.model.loss import summed_cross_entropy
 from pi_dist.model.rotary import rotary_table
 from pi_dist.ops.pattern import PiPattern, layer_patterns
@@ -21,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.attention_norm = nn.LayerNorm(d)
-        self.attention = PiAttention(config, layer, pattern)
+        self.attention = Attention(config, layer, pattern)
         self.mlp_norm = nn.LayerNorm(d)
         self.mlp_up = nn.Linear(d, 4 * d, bias=False)
         self.mlp_down = nn.Linear(4 * d, d, bias=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pi_dist.config import ConfigError, ModelConfig
+from pi_dist.config import EXACT_METHODS, ConfigError, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def default_num_strides(stride: int, context: int) -> int:
 
 
 def layer_patterns(model: ModelConfig, context: int) -> tuple[PiPattern, ...]:
-    """The pattern of every layer of the model, from its schedule.
+    """The pattern of every layer of the model, from its schedule; a window over all for an exact method.
 
     Args:
-        context: tokens of the sequence; only sets the default of `num_strides`.
+        context: tokens of the sequence; sets the default of `num_strides`, and the window of exact methods.
 
     Raises:
         ConfigError: explicit strides do not fit the model.
@@ -143,14 +143,16 @@ def layer_patterns(model: ModelConfig, context: int) -> tuple[PiPattern, ...]:
     else:
         per_layer = [model.stride] * model.num_layers
     return tuple(
-        PiPattern(
+        PiPattern(context - 1, strides, model.causal, num_skips=0)
+        if method in EXACT_METHODS
+        else PiPattern(
             window=model.window if model.ring else 0,
             strides=strides,
             causal=model.causal,
             include_self=model.include_self and model.ring,
-            num_skips=model.num_skips if model.skip else 0,
+            num_skips=model.num_skips if model.skip and method == "pi" else 0,
         )
-        for strides in per_layer
+        for strides, method in zip(per_layer, model.methods, strict=True)
     )
 
 

@@ -1,0 +1,117 @@
+"""Exact attention over a sequence on several ranks, by a ring (Liu et al., arXiv 2310.01889), and on one.
+
+Keys and values travel round the ring, one neighbour a step, while the step's block is worked on; softmaxes
+merge by their lse. Backward, the gradients of keys and values travel with them and end at their owner.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from pi_dist.ops.exact_attention import ExactBlock, exact_attention_bwd, exact_attention_fwd, merge
+from pi_dist.ops.pi_attention import check_shapes
+from pi_dist.ops.spec import accumulate_dtype
+from pi_dist.parallel.collectives import ring_exchange
+
+
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal softmax attention over a sequence in contiguous shards of m tokens on the P ranks of `group`.
+
+    Args:
+        q: [B, m, H, D]. k, v: [B, m, H_kv, D].
+        group: the ranks that share the sequence, in its order; None or one rank: no exchange.
+        labels: [B, n] document of every token of the whole sequence, negative for padding.
+
+    Returns:
+        [B, m, H, D]; exactly 0 for padding.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_shapes(q, k, v, None)
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+    if labels is not None and labels.shape != (q.shape[0], num_ranks * q.shape[1]):
+        raise ValueError(
+            f"labels {tuple(labels.shape)} == [B, n] ({q.shape[0]}, {num_ranks * q.shape[1]}) does not hold"
+        )
+    return _RingAttention.apply(q, k, v, labels, group)
+
+
+def _block(labels: torch.Tensor | None, length: int, rank: int, source: int, scale: float) -> ExactBlock:
+    """The block of rank's queries and source's keys, source <= rank."""
+    parts = [None if labels is None else labels[:, r * length : (r + 1) * length] for r in (rank, source)]
+    return ExactBlock(rank == source, *parts, scale)
+
+
+class _Ring:
+    """Passes a tensor to the next rank and takes that of the previous one; nothing happens on one rank."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def start(self, tensor: torch.Tensor) -> tuple[torch.Tensor, list[dist.Work]]:
+        """(what arrives, what to wait for before it is read and before `tensor` is changed)."""
+        arriving = torch.empty_like(tensor)
+        to, from_ = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        return arriving, ring_exchange([(to, tensor)], [(from_, arriving)], self.group)
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, labels, group):
+        ring, scale = _Ring(group), q.shape[3] ** -0.5
+        held = torch.stack([k, v])
+        out = lse = None
+        for step in range(ring.size):
+            source = (ring.rank - step) % ring.size
+            arriving, works = ring.start(held) if step + 1 < ring.size else (None, [])
+            if source <= ring.rank:  # else these keys lie behind every query here
+                block = _block(labels, q.shape[1], ring.rank, source, scale)
+                part = exact_attention_fwd(block, q, held[0], held[1])
+                out, lse = part if out is None else merge(out, lse, *part)
+            _wait(works)
+            held = arriving
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, labels, out, lse)
+        ctx.group = group
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, labels, out, lse = ctx.saved_tensors
+        ring, scale = _Ring(ctx.group), q.shape[3] ** -0.5
+        held, dtype = torch.stack([k, v]), accumulate_dtype(q.dtype)
+        dheld = torch.zeros(held.shape, dtype=dtype, device=q.device)
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        for step in range(ring.size):
+            source = (ring.rank - step) % ring.size
+            arriving, works = ring.start(held) if step + 1 < ring.size else (None, [])
+            if source <= ring.rank:
+                block = _block(labels, q.shape[1], ring.rank, source, scale)
+                part = exact_attention_bwd(block, q, held[0], held[1], out, lse, dout)
+                for total, gradient in zip((dq, *dheld), part, strict=True):
+                    total += gradient
+            _wait(works)
+            held = arriving
+            if ring.size > 1:  # the last step brings them home
+                darriving, works = ring.start(dheld)
+                _wait(works)
+                dheld = darriving
+        return dq.to(q.dtype), dheld[0].to(k.dtype), dheld[1].to(v.dtype), None, None

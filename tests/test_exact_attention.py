@@ -1,0 +1,90 @@
+"""Exact attention by ring and by Ulysses on real ranks: equal to dense attention, gradients included."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import Ranks
+
+from pi_dist.ops.exact_attention import ExactBlock, exact_attention_fwd, merge
+from pi_dist.parallel.ring_attention import ring_attention
+from pi_dist.parallel.ulysses import ulysses_attention
+
+HEADS, HEAD_DIM, SHARD = 4, 4, 6
+
+
+def draw_inputs(length, kv_heads, with_labels):
+    """([q, k, v] fp64, dout, labels): documents of any length, padding between them."""
+    generator = torch.Generator().manual_seed(length + kv_heads)
+    heads = (HEADS, kv_heads, kv_heads, HEADS)
+    q, k, v, dout = (torch.randn(2, length, h, HEAD_DIM, generator=generator).double() for h in heads)
+    labels = None
+    if with_labels:
+        labels = torch.randint(0, 3, (2, length), generator=generator).sort(dim=1).values.int()
+        labels[0, 2:5] = -1
+    return [q, k, v], dout, labels
+
+
+def dense(tensors, dout, labels):
+    """[out, dq, dk, dv] by the formula."""
+    q, k, v = (x.clone().requires_grad_() for x in tensors)
+    keys, values = (x.repeat_interleave(HEADS // k.shape[2], dim=2) for x in (k, v))
+    seen = torch.ones(1, q.shape[1], q.shape[1], dtype=torch.bool).tril()
+    if labels is not None:
+        seen = seen & (labels[:, :, None] == labels[:, None]) & (labels >= 0)[:, :, None]
+    scores = torch.einsum("bihd,bjhd->bhij", q, keys) * HEAD_DIM**-0.5
+    weights = torch.softmax(scores.masked_fill(~seen[:, None], -1e30), dim=-1) * seen[:, None]
+    out = torch.einsum("bhij,bjhd->bihd", weights, values)
+    return [out.detach(), *torch.autograd.grad((out * dout).sum(), (q, k, v))]
+
+
+def on_a_rank(function, kv_heads, with_labels):
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)  # as the trainer does
+    tensors, dout, labels = draw_inputs(SHARD * dist.get_world_size(), kv_heads, with_labels)
+    mine = slice(dist.get_rank() * SHARD, (dist.get_rank() + 1) * SHARD)
+    leaves = [x[:, mine].clone().requires_grad_() for x in tensors]
+    out = function(*leaves, dist.group.WORLD, labels=labels)
+    return [out.detach(), *torch.autograd.grad((out * dout[:, mine]).sum(), leaves)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_equals_dense_attention(num_ranks):
+    """With and without documents and padding; grouped-query heads where the method can have them."""
+    with Ranks(num_ranks) as ranks:
+        for function, kv_heads in (
+            (ring_attention, 4),
+            (ring_attention, 2),
+            (ring_attention, 1),
+            (ulysses_attention, 4),
+        ):
+            for with_labels in (False, True):
+                found = ranks.run(on_a_rank, function, kv_heads, with_labels)
+                expected = dense(*draw_inputs(SHARD * num_ranks, kv_heads, with_labels))
+                for parts, whole in zip(zip(*found, strict=True), expected, strict=True):
+                    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_merge_where_one_is_empty():
+    tensors, _, labels = draw_inputs(8, 4, True)
+    q, k, v = tensors
+    whole = exact_attention_fwd(ExactBlock(True, labels, labels, 0.5), q, k, v)
+    halves = [x[:, 4:] for x in (q, k, v)]
+    near = exact_attention_fwd(ExactBlock(True, labels[:, 4:], labels[:, 4:], 0.5), *halves)
+    far = exact_attention_fwd(
+        ExactBlock(False, labels[:, 4:], labels[:, :4], 0.5), halves[0], k[:, :4], v[:, :4]
+    )
+    out, lse = merge(*near, *far)
+    assert (far[1] == float("-inf")).any() and (near[1][0, 0] == float("-inf")).all()
+    torch.testing.assert_close((out, lse), (whole[0][:, 4:], whole[1][:, 4:]))
+
+
+def test_what_cannot_be_split_is_refused():
+    x = torch.zeros(1, 4, 2, 4)
+    with pytest.raises(ValueError, match=r"labels \(1, 3\) == \[B, n\] \(1, 4\) does not hold"):
+        ring_attention(x, x, x, None, labels=torch.zeros(1, 3, dtype=torch.int32))
+    with (
+        Ranks(2) as ranks,
+        pytest.raises(AssertionError, match=r"% ranks \(2\) == 0 does not hold for ulysses"),
+    ):
+        ranks.run(on_a_rank, ulysses_attention, 1, False)
