@@ -188,6 +188,11 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    @property
+    def balanced(self) -> bool:
+        """Whether ranks hold a piece from the front and one from the back of a sequence: for ring alone."""
+        return set(self.model.methods) == {"ring"} and self.parallel.sp_degree > 1
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -303,6 +308,12 @@ def check(config: Config, world_size: int = 1) -> None:
         t.context % p.sp_degree == 0,
         "parallel.sp_degree",
         f"training.context ({t.context}) % sp_degree ({p.sp_degree}) == 0",
+    )
+    _require(
+        not config.balanced or t.context % (2 * p.sp_degree) == 0,
+        "training.context",
+        f"context ({t.context}) % (2 × parallel.sp_degree ({p.sp_degree})) == 0 for 'ring'",
+        "a rank takes a piece from the front and one from the back",
     )
     _require(
         "dense" not in m.methods or p.sp_degree == 1,

@@ -38,6 +38,12 @@ def changed(**parts):
             "attention_dropout (0.1) == 0 for 'ring'",
         ),
         (
+            {"model": {"method": "ring"}, "parallel": {"sp_degree": 2}, "training": {"context": 4098}},
+            2,
+            "training.context",
+            "context (4098) % (2 × parallel.sp_degree (2)) == 0 for 'ring'",
+        ),
+        (
             {"model": {"method": "dense"}, "parallel": {"sp_degree": 2}},
             2,
             "model.method",

@@ -1,11 +1,14 @@
 """Exact attention by ring and by Ulysses on real ranks: equal to dense attention, gradients included."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import Ranks
 
 from pi_dist.ops.exact_attention import ExactBlock, exact_attention_fwd, merge
+from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.ring_attention import ring_attention
 from pi_dist.parallel.ulysses import ulysses_attention
 
@@ -37,12 +40,21 @@ def dense(tensors, dout, labels):
     return [out.detach(), *torch.autograd.grad((out * dout).sum(), (q, k, v))]
 
 
-def on_a_rank(function, kv_heads, with_labels):
+def positions(num_ranks, rank, balanced):
+    """The positions that a rank holds."""
+    starts = shard_starts(SHARD * num_ranks, num_ranks, rank, balanced)
+    return [start + t for start in starts for t in range(SHARD // len(starts))]
+
+
+def on_a_rank(function, kv_heads, with_labels, balanced=False):
     import deepspeed
 
     deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)  # as the trainer does
-    tensors, dout, labels = draw_inputs(SHARD * dist.get_world_size(), kv_heads, with_labels)
-    mine = slice(dist.get_rank() * SHARD, (dist.get_rank() + 1) * SHARD)
+    size = dist.get_world_size()
+    tensors, dout, labels = draw_inputs(SHARD * size, kv_heads, with_labels)
+    mine = positions(size, dist.get_rank(), balanced)
+    if labels is not None:
+        labels = labels[:, [p for rank in range(size) for p in positions(size, rank, balanced)]]
     leaves = [x[:, mine].clone().requires_grad_() for x in tensors]
     out = function(*leaves, dist.group.WORLD, labels=labels)
     return [out.detach(), *torch.autograd.grad((out * dout[:, mine]).sum(), leaves)]
@@ -52,17 +64,21 @@ def on_a_rank(function, kv_heads, with_labels):
 def test_equals_dense_attention(num_ranks):
     """With and without documents and padding; grouped-query heads where the method can have them."""
     with Ranks(num_ranks) as ranks:
-        for function, kv_heads in (
-            (ring_attention, 4),
-            (ring_attention, 2),
-            (ring_attention, 1),
-            (ulysses_attention, 4),
+        for function, kv_heads, balanced in (
+            (ring_attention, 4, False),
+            (ring_attention, 2, False),
+            (functools.partial(ring_attention, balanced=True), 2, True),
+            (functools.partial(ring_attention, balanced=True), 4, True),
+            (ulysses_attention, 4, False),
         ):
             for with_labels in (False, True):
-                found = ranks.run(on_a_rank, function, kv_heads, with_labels)
+                found = ranks.run(on_a_rank, function, kv_heads, with_labels, balanced)
                 expected = dense(*draw_inputs(SHARD * num_ranks, kv_heads, with_labels))
+                held = [p for rank in range(num_ranks) for p in positions(num_ranks, rank, balanced)]
                 for parts, whole in zip(zip(*found, strict=True), expected, strict=True):
-                    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+                    torch.testing.assert_close(
+                        torch.cat(parts, dim=1), whole[:, held], rtol=1e-12, atol=1e-12
+                    )
 
 
 def test_blocks_merge_where_one_is_empty():
@@ -79,12 +95,15 @@ def test_blocks_merge_where_one_is_empty():
     torch.testing.assert_close((out, lse), (whole[0][:, 4:], whole[1][:, 4:]))
 
 
+def odd_heads_on_two_ranks():
+    x = torch.zeros(1, 4, 1, 4)
+    with pytest.raises(ValueError, match=r"num_kv_heads \(1\) % ranks \(2\) == 0 does not hold"):
+        ulysses_attention(x, x, x, dist.group.WORLD)
+
+
 def test_what_cannot_be_split_is_refused():
     x = torch.zeros(1, 4, 2, 4)
     with pytest.raises(ValueError, match=r"labels \(1, 3\) == \[B, n\] \(1, 4\) does not hold"):
         ring_attention(x, x, x, None, labels=torch.zeros(1, 3, dtype=torch.int32))
-    with (
-        Ranks(2) as ranks,
-        pytest.raises(AssertionError, match=r"% ranks \(2\) == 0 does not hold for ulysses"),
-    ):
-        ranks.run(on_a_rank, ulysses_attention, 1, False)
+    with Ranks(2) as ranks:
+        ranks.run(odd_heads_on_two_ranks)

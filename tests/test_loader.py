@@ -84,7 +84,7 @@ def global_step(
                         == (micro, CONTEXT // sp)
                     )
                     rows = slice(one.row_start, one.row_start + micro)
-                    columns = slice(one.query_start, one.query_start + CONTEXT // sp)
+                    columns = slice(one.starts[0], one.starts[0] + CONTEXT // sp)
                     assert (whole[n, :, rows, columns] == -77).all()  # nobody else's
                     whole[n, :, rows, columns] = stacked([one])
     return whole
@@ -263,6 +263,21 @@ def test_evaluation_covers_every_sequence_once(index: ShardIndex, dp: int, micro
             assert torch.equal(values, reference[:, row])
         else:
             assert (values[1] == -100).all() and (values[2] == -1).all()
+
+
+@pytest.mark.parametrize("sp", [2, 3])
+def test_balanced_ranks_hold_the_front_and_the_back(index: ShardIndex, sp: int) -> None:
+    """Together all columns of every sequence, labels across the borders of pieces included."""
+    whole = [stacked([batch]) for batch in make(index).evaluate()]
+    piece = CONTEXT // (2 * sp)
+    found = [np.full_like(w, -77) for w in whole]
+    for rank in range(sp):
+        for n, batch in enumerate(make(index, sp_rank=rank, sp_degree=sp, balanced=True).evaluate()):
+            assert batch.starts == (rank * piece, CONTEXT - (rank + 1) * piece)
+            for run, start in enumerate(batch.starts):
+                columns = stacked([batch])[..., run * piece : (run + 1) * piece]
+                found[n][..., start : start + piece] = columns
+    assert len(whole) > 1 and all((a == b).all() for a, b in zip(found, whole, strict=True))
 
 
 def test_slices_must_be_equal(index: ShardIndex) -> None:

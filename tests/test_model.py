@@ -63,8 +63,8 @@ def test_reach_is_what_autograd_finds(changes):
 def test_rotary_angles_beyond_fp32():
     """At position 2^27+1 fp32 would see 2^27; the table must see the difference, and exactly."""
     far = 2**27 + 1
-    cos, sin = rotary_table(far, 1, 8, 10000.0, torch.device("cpu"))
-    cos_before, _ = rotary_table(far - 1, 1, 8, 10000.0, torch.device("cpu"))
+    cos, sin = rotary_table((far,), 1, 8, 10000.0, torch.device("cpu"))
+    cos_before, _ = rotary_table((far - 1,), 1, 8, 10000.0, torch.device("cpu"))
     frequencies = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     assert torch.equal(cos[0], torch.cos(far * frequencies).float())
     assert torch.equal(sin[0], torch.sin(far * frequencies).float())
@@ -75,7 +75,7 @@ def test_rotated_scores_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 8).unbind()
     scores = []
     for start in (0, 1000, 2**30):
-        table = rotary_table(start, 6, 8, 10000.0, torch.device("cpu"))
+        table = rotary_table((start,), 6, 8, 10000.0, torch.device("cpu"))
         q_turned, k_turned = (rotate(x.expand(1, 6, 1, 8), table)[0, :, 0] for x in (q, k))
         scores.append((q_turned[5] @ k_turned[2]).item())
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)
@@ -146,7 +146,7 @@ def test_projection_and_gate_are_the_formula(gate_input, monkeypatch):
         for parameter in layer.parameters():
             parameter.normal_(std=0.5, generator=generator)
     x = torch.randn(2, 12, 16, dtype=torch.float64, generator=generator, requires_grad=True)
-    table = rotary_table(0, 12, 4, 10000.0, torch.device("cpu"))
+    table = rotary_table((0,), 12, 4, 10000.0, torch.device("cpu"))
     alpha, out = handed_gate(monkeypatch, layer, x, table)
     assert alpha.dtype == torch.float64
 
@@ -182,7 +182,7 @@ def test_tokens_of_a_head_lie_side_by_side_in_the_gate(gate_input, autocast, mon
     """α [B, T, H] is a view of a contiguous [B, H, T], and fp32, also where the projection is bf16."""
     config = dataclasses.replace(TINY, gate_input=gate_input)
     layer = attention.Attention(config, 0, layer_patterns(config, 32)[0])
-    table = rotary_table(0, 12, 4, 10000.0, torch.device("cpu"))
+    table = rotary_table((0,), 12, 4, 10000.0, torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         alpha, out = handed_gate(monkeypatch, layer, torch.randn(2, 12, 16), table)
     assert out.dtype == (torch.bfloat16 if autocast else torch.float32)

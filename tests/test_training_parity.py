@@ -17,6 +17,7 @@ from pi_dist.data.loader import Batch
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, summed_loss
@@ -67,15 +68,16 @@ def one_process(model=MODEL):
 class HeldOut:
     """The global batch dealt over replicas as the loader deals it."""
 
-    def __init__(self, mesh, micro_batch_size):
-        self.mesh, self.size = mesh, micro_batch_size
+    def __init__(self, mesh, micro_batch_size, balanced):
+        self.mesh, self.size, self.balanced = mesh, micro_batch_size, balanced
 
     def evaluate(self):
-        m = CONTEXT // self.mesh.sp_degree
-        start = self.mesh.sp_rank * m
+        starts = shard_starts(CONTEXT, self.mesh.sp_degree, self.mesh.sp_rank, self.balanced)
+        length = CONTEXT // self.mesh.sp_degree // len(starts)
+        columns = [start + t for start in starts for t in range(length)]
         for first in range(self.mesh.dp_rank * self.size, ROWS, self.size * self.mesh.dp_degree):
-            parts = (x[first : first + self.size, start : start + m] for x in global_batch())
-            yield Batch(*parts, query_start=start, row_start=first)
+            parts = (x[first : first + self.size, columns] for x in global_batch())
+            yield Batch(*parts, starts=starts, row_start=first)
 
 
 def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL):
@@ -89,7 +91,7 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL):
         )
         model = PiTransformer(model_config, CONTEXT, 1, training.activation_checkpointing)
         engine = Engine(model, config, mesh)
-        data = HeldOut(mesh, training.micro_batch_size)
+        data = HeldOut(mesh, training.micro_batch_size, config.balanced)
         heldout = heldout_loss(engine, mesh, data, config.parallel)
         valid = (global_batch()[1] != IGNORE).sum().to(mesh.device)
         total = torch.zeros(1, device=mesh.device)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from pi_dist.config import DataConfig
 from pi_dist.data.shards import ShardError, ShardIndex
 from pi_dist.model.loss import IGNORE
+from pi_dist.parallel.exchange_plan import shard_starts
 
 _OPEN_SEQUENCES = 32
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
@@ -120,50 +121,55 @@ class Batch:
 
     tokens int64 [B, m], 0 at padding; labels int64 [B, m], the next token of the same document, -100 where
     there is none; segment_ids int32 [B, m], number of the document's piece within its sequence, -1 at
-    padding. query_start: position in the sequence of column 0. row_start: row of the optimizer step's batch
-    of row 0.
+    padding. starts: positions in the sequence where the equally long runs of columns begin. row_start: row of
+    the optimizer step's batch of row 0.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     segment_ids: torch.Tensor
-    query_start: int
+    starts: tuple[int, ...]
     row_start: int
 
 
 class _SliceReader(Dataset):
-    """Reads columns begin to end - 1 of rows. A ShardError is returned, so that a worker's arrives whole."""
+    """Reads runs of `length` columns of rows. A ShardError is returned, so that a worker's arrives whole."""
 
-    def __init__(self, index: ShardIndex, plan: SequencePlan, begin: int, end: int) -> None:
-        self.index, self.plan, self.begin, self.end = index, plan, begin, end
+    def __init__(self, index: ShardIndex, plan: SequencePlan, starts: tuple[int, ...], length: int) -> None:
+        self.index, self.plan, self.starts, self.length = index, plan, starts, length
 
     def __getitem__(self, sequences: list[int]) -> Arrays | ShardError:
         """Arrays of the given sequences; -1 is a row of padding."""
-        shape = (len(sequences), self.end - self.begin)
+        shape = (len(sequences), len(self.starts) * self.length)
         tokens = np.zeros(shape, dtype=np.int32)
         labels = np.full(shape, IGNORE, dtype=np.int32)
         segment_ids = np.full(shape, -1, dtype=np.int32)
         try:
             for row, sequence in enumerate(sequences):
-                if sequence >= 0:
-                    self._fill(tokens[row], labels[row], segment_ids[row], sequence)
+                for run, start in enumerate(self.starts if sequence >= 0 else ()):
+                    columns = slice(run * self.length, (run + 1) * self.length)
+                    self._fill(
+                        tokens[row, columns], labels[row, columns], segment_ids[row, columns], sequence, start
+                    )
         except ShardError as error:
             return error
         return tokens, labels, segment_ids
 
-    def _fill(self, tokens: np.ndarray, labels: np.ndarray, segment_ids: np.ndarray, sequence: int) -> None:
-        """Write the slice of one sequence into three rows [m]."""
+    def _fill(
+        self, tokens: np.ndarray, labels: np.ndarray, segment_ids: np.ndarray, sequence: int, first: int
+    ) -> None:
+        """Write positions from `first` on of one sequence into three rows [length]."""
         plan, position = self.plan, 0
         for segment, piece in enumerate(range(plan.first[sequence], plan.first[sequence + 1])):
             document, start, stop = int(plan.document[piece]), int(plan.start[piece]), int(plan.stop[piece])
-            begin, end = max(self.begin, position), min(self.end, position + stop - start)
+            begin, end = max(first, position), min(first + self.length, position + stop - start)
             if begin < end:
                 shift = start - position  # from position in the sequence to token of the document
                 more = min(
                     end + shift + 1, int(self.index.token_counts[document])
                 )  # the last one's label too
                 ids = self.index.read(document, begin + shift, more)
-                column = begin - self.begin
+                column = begin - first
                 tokens[column : column + end - begin] = ids[: end - begin]
                 labels[column : column + len(ids) - 1] = ids[1:]
                 segment_ids[column : column + end - begin] = segment
@@ -187,8 +193,8 @@ class SequenceLoader:
 
     The B·dp·accumulation rows of a step are consecutive sequences of the epochs' orders, which follow on each
     other without a gap. Row a·dp·B + r·B + b is row b of replica r in micro-step a, so a step's batch is the
-    same on any number of ranks; the sp ranks of a replica read the same rows, each its own columns. Raises
-    ValueError unless context % sp_degree == 0.
+    same on any number of ranks; the sp ranks of a replica read the same rows, each its own columns: see
+    `shard_starts`. Raises ValueError unless context % sp_degree == 0, or % (2·sp_degree) if balanced.
     """
 
     def __init__(
@@ -204,16 +210,18 @@ class SequenceLoader:
         sp_rank: int,
         sp_degree: int,
         seed: int,
+        balanced: bool = False,
     ) -> None:
-        if context % sp_degree != 0:
-            raise ValueError(f"context ({context}) % sp_degree ({sp_degree}) == 0 does not hold")
-        columns = context // sp_degree
+        pieces = 2 * sp_degree if balanced else sp_degree
+        if context % pieces != 0:
+            degree = "2 × sp_degree" if balanced else "sp_degree"
+            raise ValueError(f"context ({context}) % {degree} ({pieces}) == 0 does not hold")
         self.index, self.data_config, self.context, self.seed = index, data_config, context, seed
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
         self.dp_rank, self.dp_degree = dp_rank, dp_degree
-        self.query_start = sp_rank * columns
+        self.starts = shard_starts(context, sp_degree, sp_rank, balanced)
         self.plan = plan_sequences(index.token_counts, context, data_config.packing)
-        self._reader = _SliceReader(index, self.plan, self.query_start, self.query_start + columns)
+        self._reader = _SliceReader(index, self.plan, self.starts, context // pieces)
 
     @property
     def num_sequences(self) -> int:
@@ -291,4 +299,4 @@ class SequenceLoader:
             raise arrays
         tokens, labels, segment_ids = (torch.from_numpy(array) for array in arrays)
         row_start = round_start + self.dp_rank * self.micro_batch_size
-        return Batch(tokens.long(), labels.long(), segment_ids, self.query_start, row_start)
+        return Batch(tokens.long(), labels.long(), segment_ids, self.starts, row_start)

@@ -50,7 +50,7 @@ def generate(
     for _ in range(max_new_tokens):
         start = max(0, len(tokens) - sight)
         visible = torch.tensor([tokens[start:]], device=device)  # [1, T]
-        logits = model(visible, context=SequenceContext(query_start=start))[0, -1, :vocab_size].float().cpu()
+        logits = model(visible, context=SequenceContext(starts=(start,)))[0, -1, :vocab_size].float().cpu()
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -28,14 +28,15 @@ class SequenceContext:
     Attributes:
         labels: [B, n] document of every token of the whole sequence, negative for padding; None: one
             document.
-        query_start: global position of the first token here. row_start: global number of the first batch row.
+        starts: global positions where the equally long runs of tokens here begin: one run, or two, see
+            `shard_starts`. row_start: global number of the first batch row.
         seed: of this step and micro-step, for dropout.
         group: the ranks that share the sequence; None: this one alone.
         fused_exchange, overlap: see `sequence_parallel_pi_attention`.
     """
 
     labels: torch.Tensor | None = None
-    query_start: int = 0
+    starts: tuple[int, ...] = (0,)
     row_start: int = 0
     seed: int = 0
     group: dist.ProcessGroup | None = None
@@ -135,7 +136,8 @@ class Attention(nn.Module):
                     overlap=context.overlap,
                 )
             case "dense" | "ring":
-                return ring_attention(q, k, v, context.group, labels=context.labels)
+                balanced = len(context.starts) == 2
+                return ring_attention(q, k, v, context.group, labels=context.labels, balanced=balanced)
             case "ulysses":
                 return ulysses_attention(q, k, v, context.group, labels=context.labels)
         raise ValueError(

@@ -6,14 +6,15 @@ import torch
 
 
 def rotary_table(
-    start: int, length: int, head_dim: int, theta: float, device: torch.device
+    starts: tuple[int, ...], length: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each fp32 [length, head_dim / 2], of positions start … start + length - 1.
+    """(cos, sin), each fp32 [length, head_dim / 2], of `length` positions in equally long runs from `starts`.
 
     Angles are formed and reduced in fp64: fp32 has no odd integers beyond 2^24, so far positions would
     collide.
     """
-    positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
+    run = torch.arange(length // len(starts), dtype=torch.float64, device=device)
+    positions = torch.cat([run + start for start in starts])
     frequencies = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / -head_dim)
     angles = torch.outer(positions, frequencies)
     return angles.cos().float(), angles.sin().float()

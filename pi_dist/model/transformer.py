@@ -69,7 +69,7 @@ class PiTransformer(nn.Module):
         """Final hidden states [B, m, d] of tokens [B, m]."""
         x = self.embedding(tokens)
         table = rotary_table(
-            context.query_start, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
+            context.starts, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
         )
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():

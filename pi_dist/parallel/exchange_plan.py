@@ -18,6 +18,18 @@ from pi_dist.ops.spec import KeyBlock, Run
 Rows = tuple[Run, ...]
 
 
+def shard_starts(seq_len: int, num_ranks: int, rank: int, balanced: bool) -> tuple[int, ...]:
+    """Positions where the equally long pieces of a rank's shard begin.
+
+    One piece; or, balanced, two of n/(2P) tokens, one from the front and one from the back, so that exact
+    causal attention is as much work on every rank.
+    """
+    if not balanced:
+        return (rank * (seq_len // num_ranks),)
+    half = seq_len // (2 * num_ranks)
+    return rank * half, (2 * num_ranks - 1 - rank) * half
+
+
 def _union(runs: Iterable[Run]) -> Rows:
     """Sorted, disjoint, non-adjacent runs that cover the same positions."""
     merged: list[Run] = []

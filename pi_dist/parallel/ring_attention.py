@@ -2,9 +2,12 @@
 
 Keys and values travel round the ring, one neighbour a step, while the step's block is worked on; softmaxes
 merge by their lse. Backward, the gradients of keys and values travel with them and end at their owner.
+Balanced, the front and the back of the sequence are paired, so that causal work is the same on every rank.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,13 +26,16 @@ def ring_attention(
     group: dist.ProcessGroup | None,
     *,
     labels: torch.Tensor | None = None,
+    balanced: bool = False,
 ) -> torch.Tensor:
-    """Causal softmax attention over a sequence in contiguous shards of m tokens on the P ranks of `group`.
+    """Causal softmax attention over a sequence in shards of m tokens on the P ranks of `group`.
 
     Args:
         q: [B, m, H, D]. k, v: [B, m, H_kv, D].
         group: the ranks that share the sequence, in its order; None or one rank: no exchange.
-        labels: [B, n] document of every token of the whole sequence, negative for padding.
+        labels: [B, n] document of every token, negative for padding, in the order of ranks.
+        balanced: shards are two pieces, see `shard_starts`, and all ranks have the same work; else they are
+            contiguous, and the last rank has the most.
 
     Returns:
         [B, m, H, D]; exactly 0 for padding.
@@ -43,13 +49,31 @@ def ring_attention(
         raise ValueError(
             f"labels {tuple(labels.shape)} == [B, n] ({q.shape[0]}, {num_ranks * q.shape[1]}) does not hold"
         )
-    return _RingAttention.apply(q, k, v, labels, group)
+    return _RingAttention.apply(q, k, v, labels, group, balanced)
 
 
-def _block(labels: torch.Tensor | None, length: int, rank: int, source: int, scale: float) -> ExactBlock:
-    """The block of rank's queries and source's keys, source <= rank."""
-    parts = [None if labels is None else labels[:, r * length : (r + 1) * length] for r in (rank, source)]
-    return ExactBlock(rank == source, *parts, scale)
+class _Step(NamedTuple):
+    """What a rank's queries do with the keys of `source`: queries and keys [start, stop), by which rule."""
+
+    queries: slice
+    keys: slice
+    block: ExactBlock
+
+
+def _step(
+    labels: torch.Tensor | None, length: int, rank: int, source: int, scale: float, balanced: bool
+) -> _Step | None:
+    """None: these keys lie behind every query."""
+    queries = keys = slice(0, length)
+    if source < rank and balanced:  # of their two pieces, the second lies behind both of ours
+        keys = slice(0, length // 2)
+    elif source > rank and balanced:  # both lie behind our first piece and before our second
+        queries = slice(length // 2, length)
+    elif source > rank:
+        return None
+    of_ranks = [None if labels is None else labels[:, r * length : (r + 1) * length] for r in (rank, source)]
+    parts = (None if x is None else x[:, part] for x, part in zip(of_ranks, (queries, keys), strict=True))
+    return _Step(queries, keys, ExactBlock(rank == source, *parts, scale))
 
 
 class _Ring:
@@ -74,22 +98,26 @@ def _wait(works: list[dist.Work]) -> None:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, labels, group):
-        ring, scale = _Ring(group), q.shape[3] ** -0.5
+    def forward(ctx, q, k, v, labels, group, balanced):
+        ring, scale, length = _Ring(group), q.shape[3] ** -0.5, q.shape[1]
         held = torch.stack([k, v])
         out = lse = None
         for step in range(ring.size):
             source = (ring.rank - step) % ring.size
             arriving, works = ring.start(held) if step + 1 < ring.size else (None, [])
-            if source <= ring.rank:  # else these keys lie behind every query here
-                block = _block(labels, q.shape[1], ring.rank, source, scale)
-                part = exact_attention_fwd(block, q, held[0], held[1])
-                out, lse = part if out is None else merge(out, lse, *part)
+            do = _step(labels, length, ring.rank, source, scale, balanced)
+            if do is not None:
+                mine = do.queries
+                part = exact_attention_fwd(do.block, q[:, mine], *(x[:, do.keys] for x in held))
+                if out is None:  # the first step is a rank's own keys, for all of its queries
+                    out, lse = part[0].to(part[1].dtype), part[1].clone()
+                else:
+                    out[:, mine], lse[:, mine] = merge(out[:, mine], lse[:, mine], *part)
             _wait(works)
             held = arriving
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, labels, out, lse)
-        ctx.group = group
+        ctx.group, ctx.balanced = group, balanced
         return out
 
     @staticmethod
@@ -103,10 +131,14 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.size):
             source = (ring.rank - step) % ring.size
             arriving, works = ring.start(held) if step + 1 < ring.size else (None, [])
-            if source <= ring.rank:
-                block = _block(labels, q.shape[1], ring.rank, source, scale)
-                part = exact_attention_bwd(block, q, held[0], held[1], out, lse, dout)
-                for total, gradient in zip((dq, *dheld), part, strict=True):
+            do = _step(labels, q.shape[1], ring.rank, source, scale, ctx.balanced)
+            if do is not None:
+                mine = (x[:, do.queries] for x in (q, out, lse, dout))
+                q_rows, out_rows, lse_rows, dout_rows = mine
+                k_rows, v_rows = (x[:, do.keys] for x in held)
+                part = exact_attention_bwd(do.block, q_rows, k_rows, v_rows, out_rows, lse_rows, dout_rows)
+                places = (dq[:, do.queries], *(x[:, do.keys] for x in dheld))
+                for total, gradient in zip(places, part, strict=True):
                     total += gradient
             _wait(works)
             held = arriving
@@ -114,4 +146,4 @@ class _RingAttention(torch.autograd.Function):
                 darriving, works = ring.start(dheld)
                 _wait(works)
                 dheld = darriving
-        return dq.to(q.dtype), dheld[0].to(k.dtype), dheld[1].to(v.dtype), None, None
+        return dq.to(q.dtype), dheld[0].to(k.dtype), dheld[1].to(v.dtype), None, None, None

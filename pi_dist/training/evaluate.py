@@ -37,6 +37,7 @@ def make_loader(index: ShardIndex, config: Config, mesh: Mesh) -> SequenceLoader
         sp_rank=mesh.sp_rank,
         sp_degree=mesh.sp_degree,
         seed=config.training.seed,
+        balanced=config.balanced,
     )
 
 
@@ -47,7 +48,7 @@ def summed_loss(model: Model, mesh: Mesh, batch: Batch, parallel: ParallelConfig
     """
     context = SequenceContext(
         labels=all_gather_tokens(batch.segment_ids.to(mesh.device), mesh.sp_group),
-        query_start=batch.query_start,
+        starts=batch.starts,
         row_start=batch.row_start,
         seed=seed,
         group=mesh.sp_group,
