@@ -35,6 +35,8 @@ from pi_dist.kernels.tiles import (
     zeros,
 )
 
+FAR_BELOW = tl.constexpr(-1e30)  # any logit
+
 
 class Queries(NamedTuple):
     """What a program knows of its queries: [M, D] rows and [M] values."""
@@ -61,7 +63,7 @@ def _raise_top(x_top, softmax, OPTIONS: tl.constexpr):
         return softmax
     else:
         top = tl.maximum(softmax.top, x_top)
-        top = tl.where(top == float("-inf"), 0.0, top)  # a row without neighbours so far
+        top = tl.maximum(top, FAR_BELOW)  # a row without neighbours so far must not become NaN
         rescale = tl.exp2(softmax.top - top)
         return Softmax(softmax.acc * rescale[:, None], softmax.total * rescale, top)
 

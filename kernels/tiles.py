@@ -67,7 +67,7 @@ class Options(NamedTuple):
     Attributes:
         kind: RING, SKIP or BOTH. left, right: steps of the band before and behind a query.
         halo: of a narrow band, the width of the tiles beside the diagonal one; 0 loops over tiles of block_n.
-        long_steps: chains span more elements than 32 bits count.
+        long_steps: a tile's tokens lie farther apart than 32 bits count elements.
         walk: see `pi_attention_bwd_fused`.
         shifts: skips that are not in the band and are done row by row (KIND RING).
         share: query heads of a key/value head. shares: how many of them this launch covers.
@@ -120,7 +120,8 @@ def zeros(OPTIONS: tl.constexpr, BY_DIM: tl.constexpr):
 @triton.jit
 def of(rows, batch, head):
     """The [T, D] or [T] part of one batch row and head."""
-    return Rows(rows.ptr + batch * rows.batch + head * rows.head, rows.batch, rows.token, rows.head)
+    start = batch * rows.batch + (batch * 0 + head) * rows.head  # in 64 bits, as batch is
+    return Rows(rows.ptr + start, rows.batch, rows.token, rows.head)
 
 
 class Order(NamedTuple):
@@ -183,7 +184,10 @@ def tokens(first, start, steps, order, length, OPTIONS: tl.constexpr):
     else:
         first += start
         ok = (steps >= _clamped(-first)) & (steps < _clamped(length - first))
-        return Tokens(first, steps, ok, steps)
+        if OPTIONS.long_steps:
+            return Tokens(first, steps.to(tl.int64), ok, steps)
+        else:
+            return Tokens(first, steps, ok, steps)
 
 
 @triton.jit

@@ -155,7 +155,7 @@ def poisoned_memory():
 def cases(draw):
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
     num_skips = draw(st.sampled_from([0, 1, 1, 2, 5, 16]))
-    largest = 60 if num_skips <= 1 else 5  # a stride has as many residue classes, each a program here
+    largest = 90  # beyond the longest sequence
     pattern = PiPattern(
         window=draw(st.integers(0, 20) | st.integers(0, 100)),
         strides=draw(
@@ -360,6 +360,65 @@ def test_gates_at_their_ends():
         found = results(triton_attention, inputs, dout, pattern)
         expected = results(pi_attention_oracle, inputs, dout, pattern, torch.float64)
         assert_close(found, expected, relative=2e-3)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [PiPattern(4, 70), PiPattern(2, 3, num_skips=16), PiPattern(60, 70), PiPattern(150, 1, num_skips=0)],
+    ids=str,
+)
+@pytest.mark.parametrize(("level", "cap"), [(-90.0, None), (-110.0, None), (-300.0, 200.0)])
+def test_very_negative_logits(pattern, level, cap):
+    """A row's first keys may lie in another document: the softmax must not start from a maximum of 0."""
+    (q, k, v, gate), dout = draw_inputs(19, 1, 100, None, 2, 2)
+    q, k = q * 0.1 + abs(level), k * 0.1 + level / abs(level) * 0.5  # logits of 4 elements: about level
+    segments = torch.tensor([[0] * 55 + [1] * 45], device=DEVICE)
+    options = {"logit_cap": cap, "segment_ids": segments}
+    found = results(triton_attention, (q, k, v, gate), dout, pattern, **options)
+    expected = results(pi_attention_oracle, (q, k, v, gate), dout, pattern, torch.float64, **options)
+    assert_close(found, expected, relative=5e-4, absolute=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pattern", [PiPattern(4, 16), PiPattern(70, 90, num_skips=0), PiPattern(2, 3, num_skips=12)], ids=str
+)
+def test_strides_of_more_elements_than_32_bits_count(pattern, monkeypatch):
+    """The 64-bit offsets, with tensors that would not need them."""
+    used = []
+
+    class Far(triton_backend._Launch):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.token_stride = 2**31
+
+        def options(self, *arguments, **keywords):
+            options = super().options(*arguments, **keywords)
+            used.append(options.long_steps)
+            return options
+
+    monkeypatch.setattr(triton_backend, "_Launch", Far)
+    inputs, dout = draw_inputs(20, 1, 110, None, 2, 1)
+    check(inputs, dout, pattern)
+    assert len(used) >= 2 and all(used)
+
+
+def test_what_the_kernels_cannot_count_is_refused():
+    inputs, _ = draw_inputs(21, 1, 4)
+    with pytest.raises(ValueError, match=r"num_skips · stride \(536870912\) < 2\^29 does not hold"):
+        triton_attention(*inputs, PiPattern(1, 2**29))
+    with pytest.raises(ValueError, match=r"queries and keys within \(536870916\) < 2\^29 tokens"):
+        triton_attention(*inputs, PiPattern(1, 2), query_start=2**29)
+    with pytest.raises(ValueError, match=r"softmax_scale \(0\) != 0"):
+        triton_attention(*inputs, PiPattern(1, 2), softmax_scale=0.0)
+
+
+def test_a_window_without_end_and_an_fp64_gate():
+    inputs, dout = draw_inputs(22, 1, 40)
+    check(inputs, dout, PiPattern(2**31, 1, num_skips=0))
+    inputs[3] = inputs[3].double()
+    out = triton_attention(*inputs, PiPattern(3, 2))
+    expected = pi_attention_oracle(*(x.double() for x in inputs), PiPattern(3, 2))
+    assert_close([out], [expected])
 
 
 def test_labels_of_queries_and_keys_of_different_lengths():
@@ -679,23 +738,40 @@ def is_tile(size: int) -> bool:
     return size >= 16 and size & (size - 1) == 0
 
 
-def test_the_table_of_tile_sizes_has_every_entry_that_is_asked_for():
+def test_the_table_of_tile_sizes_has_the_entries_that_are_asked_for_and_no_others(monkeypatch):
+    """By calls of every kind; launches are not run."""
     asked = set()
-    widths = (1, 64, 65, 128, 129, 256)
-    for kernel, kind, head_dim in itertools.product(block_sizes.KERNELS, block_sizes.KINDS, widths):
-        bands = {"narrow": range(triton_backend.NARROW + 1), "walk": range(33, triton_backend.WALKED + 1)}
-        if kernel == "walk" and (kind == "far" or head_dim > triton_backend.WALKED_BYTES // 2):
-            continue
-        for band, element_bytes in itertools.product(bands.get(kernel, range(1001)), (2, 4)):
-            asked.add(block_sizes.key(kernel, kind, band, head_dim))
-            sizes = block_sizes.blocks(kernel, kind, band, head_dim, element_bytes)
-            assert is_tile(sizes.block_m) and is_tile(sizes.block_n)
-            if kernel == "walk":
-                assert sizes.block_m >= band and sizes.block_n % sizes.block_m == 0
-            if kernel == "narrow":
-                assert sizes.block_m > band, f"a tile owns no token: band {band}, {element_bytes} bytes"
-            if sizes.halo:
-                assert kernel == "fwd" and is_tile(sizes.halo) and sizes.halo >= band
+
+    def recorded(kernel, kind, band, head_dim, element_bytes):
+        asked.add(block_sizes.key(kernel, kind, band, head_dim))
+        sizes = block_sizes.blocks(kernel, kind, band, head_dim, element_bytes)
+        assert is_tile(sizes.block_m) and is_tile(sizes.block_n)
+        if kernel == "walk":
+            assert sizes.block_m >= band and sizes.block_n % sizes.block_m == 0
+        if kernel == "narrow":
+            assert sizes.block_m > band, f"a tile owns no token: band {band}, {element_bytes} bytes"
+        if sizes.halo:
+            assert kernel == "fwd" and is_tile(sizes.halo) and sizes.halo >= band
+        return sizes
+
+    monkeypatch.setattr(triton_backend, "blocks", recorded)
+    windows, skips = (0, 4, 16, 20, 33, 64, 100, 600), (0, 1, 3, 16, 17, 64, 100)
+    for dtype, head_dim, heads in itertools.product((torch.float16, torch.float32), (1, 128, 200), (1, 2)):
+        (q, k, v, gate), dout = draw_inputs(17, 1, 900, None, heads, 1, head_dim, dtype=dtype)
+        for window, num_skips, stride in itertools.product(windows, skips, (3, 20, 400)):
+            for causal, ranks in ((True, 1), (True, 3), (False, 1)):
+                pattern, m = PiPattern(window, stride, causal, num_skips=num_skips), 900 // ranks
+                plan = make_plan(pattern, heads, 1, 900, ranks, ranks - 1)
+                spec = AttentionSpec(pattern, 1, plan.blocks, 0.5, 20.0, 0.0, 0, plan.shard.start, 0)
+                keys, values = ([x[:, slice(*block.run)] for block in plan.blocks] for x in (k, v))
+                rest = (gate[:, :m], None, [None] * len(keys))
+                with spied(run=False):
+                    out, lse = triton_backend.pi_attention_fwd(
+                        spec, q[:, :m], keys[:1], values[:1], *rest, lambda k=keys, v=values: (k[1:], v[1:])
+                    )
+                    triton_backend.pi_attention_bwd(
+                        spec, q[:, :m], keys, values, *rest, out, lse, dout[:, :m]
+                    )
     assert asked == set(block_sizes.table())
 
 

@@ -70,6 +70,8 @@ def check_options(
     softmax_scale: float | None, logit_cap: float | None, dropout_p: float, seed: int | None
 ) -> None:
     """Raise ValueError unless the scalar options make sense."""
+    if softmax_scale == 0:
+        raise ValueError("softmax_scale (0) != 0 does not hold")
     if logit_cap is not None and not logit_cap > 0:
         raise ValueError(f"logit_cap ({logit_cap}) > 0 does not hold")
     if not 0 <= dropout_p < 1:

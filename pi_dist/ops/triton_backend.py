@@ -6,8 +6,11 @@ The keys of a shard and each run of received rows are bands of their own, so not
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 import triton
@@ -24,11 +27,13 @@ from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock, nothing_arri
 RING, SKIP, BOTH = (kind.value for kind in (tiles.RING, tiles.SKIP, tiles.BOTH))
 # decided when a kernel is decorated; asked here, since torch.compile cannot look at a kernel's type
 INTERPRETED = not isinstance(_pi_attention_fwd_kernel, triton.runtime.jit.JITFunction)
+LONGEST = 2**29  # tokens that a call may span, and its skips; see `tiles.NOWHERE`
 NEAR_SKIPS = 32  # skips that lie no farther than the window or this join its band
 SHIFTED_SKIPS = 1  # so few farther skips are done row by row; more, by residue class in a launch of their own
 NARROW = 32  # steps on both sides up to which the backward is one tile (of 64)
 WALKED = 64  # steps back, of a causal window, up to which it is a walk from tile to tile
 FEW_WALKS = 768  # programs below which walks are shorter
+NARROW_BYTES = 512  # of a row up to which one tile fits into a multiprocessor
 WALKED_BYTES = 128  # of a row up to which the tiles of a walk fit into a multiprocessor
 LARGEST_FIXED_TOP = 40.0  # exp(-2·cap) must be a normal number
 
@@ -80,7 +85,7 @@ def _bands(pattern: PiPattern, strides: tuple[int, ...], span: int, local: bool)
 
     local: the keys lie at the queries' own positions.
     """
-    window = pattern.window
+    window = min(pattern.window, span)
     chain = triton.cdiv(span, min(strides))  # the longest: nothing lies farther than its end
     skips = min(pattern.num_skips, max(16, triton.next_power_of_2(chain))) if chain > 1 else 0
     far = skips * max(strides)
@@ -111,8 +116,8 @@ def _parts(
     """The launches of a call, in order; the first covers all queries, and the rest those that need it."""
     share, all_strides = num_heads // num_kv_heads, pattern.head_strides(num_heads)
     far = max(all_strides) * max(1, pattern.num_skips)
-    if far >= 2**31:
-        raise ValueError(f"backend 'triton': num_skips · stride ({far}) < 2^31 does not hold")
+    if far >= LONGEST:
+        raise ValueError(f"backend 'triton': num_skips · stride ({far}) < 2^29 does not hold")
     if blocks_[0].heads != tuple(range(num_kv_heads)):
         raise ValueError(f"heads of the first block ({blocks_[0].heads}) == all heads does not hold")
     parts = []
@@ -120,6 +125,10 @@ def _parts(
         local = block.run == (query_start, query_start + q_len)
         strides = tuple(all_strides[head * share + s] for head in block.heads for s in range(share))
         span = max(block.run.stop, query_start + q_len) - min(block.run.start, query_start)
+        if span >= LONGEST:
+            raise ValueError(
+                f"backend 'triton': queries and keys within ({span}) < 2^29 tokens does not hold"
+            )
         for band in _bands(pattern, strides, span, local):
             back = band.left if band.kind != SKIP else pattern.num_skips * max(strides)
             start = max(0, block.run.start - (0 if pattern.causal else back) - query_start)
@@ -154,6 +163,11 @@ def _signed(value: int) -> int:
     return low - (1 << 32) if low >> 31 else low
 
 
+def _sum_dtype(q: torch.Tensor, parts: tuple[_Part, ...]) -> torch.dtype:
+    """What launches add to: 16 bits would be rounded as often as there are launches."""
+    return q.dtype if len(parts) <= 2 else torch.float32
+
+
 class _Launch:
     """The arguments that the launches of one call share."""
 
@@ -162,27 +176,28 @@ class _Launch:
         spec: AttentionSpec,
         tensors: list[torch.Tensor],
         gate: torch.Tensor | None,
-        has_labels: bool,
+        q_labels: torch.Tensor | None,
     ) -> None:
         q = tensors[0]
         self.spec, self.gate = spec, gate
         self.num_heads, self.head_dim = q.shape[2:]
         self.share = self.num_heads // spec.num_kv_heads
         self.element_bytes = q.element_size()
-        self.token_stride = max(self.num_heads * self.head_dim, *(x.stride(1) for x in tensors))
+        strided = [x.stride(1) for x in (*tensors, gate, q_labels) if x is not None]
+        self.token_stride = max(self.num_heads * self.head_dim, *strided)
         self.dropout = Dropout(
             _signed(spec.seed),
             _signed(spec.seed >> 32),
             spec.row_start,
             spec.query_start,
-            _signed(round(spec.dropout_p * 2**32)),
+            _signed(min(round(spec.dropout_p * 2**32), 2**32 - 1)),
             1 / (1 - spec.dropout_p),
         )
         self.fixed_top = (
             q.dtype == torch.bfloat16 and spec.logit_cap is not None and spec.logit_cap <= LARGEST_FIXED_TOP
         )
         self.fast_log = q.is_cuda and q.element_size() == 2
-        self.has_labels = has_labels
+        self.has_labels = q_labels is not None
 
     def strides_of(self, part: _Part) -> tuple[int, ...]:
         """Strides of the query heads that look at the part's block."""
@@ -203,7 +218,8 @@ class _Launch:
     def scores(self, part: _Part) -> Scores:
         pattern, spec = self.spec.pattern, self.spec
         stride = self.strides_of(part)[0]
-        return Scores(pattern.window, stride, pattern.num_skips, spec.softmax_scale, spec.logit_cap or 0.0)
+        window = min(pattern.window, part.span(spec.query_start))
+        return Scores(window, stride, pattern.num_skips, spec.softmax_scale, spec.logit_cap or 0.0)
 
     def options(
         self,
@@ -269,6 +285,18 @@ class _Launch:
         return self.spec.query_start + part.start - part.block.run.start
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the GPU that holds q, whichever is current."""
+
+    @wraps(function)
+    def on_its_device(spec, q, *arguments, **keywords):
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            return function(spec, q, *arguments, **keywords)
+
+    return on_its_device
+
+
+@_on_its_device
 def pi_attention_fwd(
     spec, q, keys, values, gate, q_labels, k_labels, arrive=nothing_arrives
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,12 +304,13 @@ def pi_attention_fwd(
 
     Waits for the other blocks after the launches that need none of them.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, q_len, num_heads, _ = q.shape
+    parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
+    out = torch.empty(q.shape, dtype=_sum_dtype(q, parts), device=q.device)
     lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
     q, keys, values = _dense_rows(q), [_dense_rows(keys[0])], [_dense_rows(values[0])]
-    launch = _Launch(spec, [q, *keys, *values], gate, q_labels is not None)
-    parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
+    gate = None if gate is None else gate.float()
+    launch = _Launch(spec, [q, *keys, *values], gate, q_labels)
     for number, part in enumerate(parts):
         index = spec.blocks.index(part.block)
         if index and len(keys) == 1:
@@ -310,9 +339,10 @@ def pi_attention_fwd(
             OPTIONS=launch.options(part, sizes, merge=number > 0, shares=launch.share),
             **launch_options(sizes),
         )
-    return out, lse
+    return out.to(q.dtype), lse
 
 
+@_on_its_device
 def pi_attention_bwd(
     spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout, send_back=nothing_to_send
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -332,14 +362,14 @@ def pi_attention_bwd(
         elif not call.fused(part):
             call.keys_of(part)
             call.queries_of(part)
-    return call.dq, call.dkeys[0], call.dvalues[0], call.gradient_of_gate()
+    return call.dq.to(q.dtype), call.dkeys[0], call.dvalues[0], call.gradient_of_gate()
 
 
 class _Backward:
     """The launches of one backward call. The first part's, of the first block, store what others add to."""
 
     def __init__(self, spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout) -> None:
-        self.dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        gate = None if gate is None else gate.float()
         self.dgate = None if gate is None else torch.empty_like(gate)  # laid out as the gate
         self.dkeys, self.dvalues = (
             [
@@ -352,11 +382,12 @@ class _Backward:
         self.q, self.dout = _dense_rows(q), _dense_rows(dout)
         self.keys, self.values = [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
         self.q_labels, self.k_labels = q_labels, k_labels
-        self.launch = _Launch(spec, [self.q, self.dout, *self.keys, *self.values], gate, q_labels is not None)
+        self.launch = _Launch(spec, [self.q, self.dout, *self.keys, *self.values], gate, q_labels)
         self.parts = _parts(
             spec.pattern, spec.blocks, q.shape[2], spec.num_kv_heads, spec.query_start, q.shape[1]
         )
         self.several = len(self.parts) > 1
+        self.dq = torch.empty(q.shape, dtype=_sum_dtype(q, self.parts), device=q.device)
         apart = self.several and gate is not None
         self.weight, self.residual = (torch.empty_like(self.dgate) if apart else self.dgate for _ in range(2))
         self.touched: set[int] = set()  # blocks
@@ -459,13 +490,14 @@ def _fused(launch: _Launch, part: _Part, batch: int) -> tuple[_Part, Blocks, int
     """A fused backward's part, tile sizes, tokens a program, and whether it walks; None if it is too wide."""
     band = part.band
     left, right = (triton.cdiv(steps, 16) * 16 for steps in (band.left, band.right))
-    if left + right <= NARROW:
+    row_bytes = triton.next_power_of_2(launch.head_dim) * launch.element_bytes
+    if left + right <= NARROW and row_bytes <= NARROW_BYTES:
         # margins of whole 16 steps: one kernel for windows from 1 to 16, and aligned tiles
         part = replace(part, band=replace(band, left=left, right=right))
         sizes = launch.block_sizes("narrow", part)
         return part, sizes, sizes.block_m - left - right, False
     walks = (band.shifts, right, launch.share) == (0, 0, 1) and left <= WALKED
-    if walks and launch.head_dim * launch.element_bytes <= WALKED_BYTES:
+    if walks and row_bytes <= WALKED_BYTES:
         sizes = launch.block_sizes("walk", part)
         owned, rows = sizes.block_n, batch * launch.num_heads
         while owned > 4 * sizes.block_m and triton.cdiv(part.stop - part.start, owned) * rows < FEW_WALKS:
