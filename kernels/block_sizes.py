@@ -1,4 +1,7 @@
-"""Tile sizes of the kernels: measured on a GPU by `pi-dist bench blocks`, looked up here."""
+"""Tile sizes of the kernels, looked up here.
+
+`pi-dist bench blocks` measures those of the usual bands for head_dim up to 128; the rest are sizes that fit.
+"""
 
 import json
 from dataclasses import asdict, dataclass

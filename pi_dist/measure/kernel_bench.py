@@ -92,7 +92,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def floor(case: Case, direction: str, copy: float, matmul: float) -> dict[str, float]:
-    """What no kernel can beat: bytes, the floor in ms, and what bounds it.
+    """What no kernel with tiles of 64 can beat: bytes, the floor in ms, and what bounds it.
 
     Bytes: q, k, v, out and the fp32 gate and lse once; backward also dout and the gradients. FLOP: 4·D a pair
     forward, 10·D backward; pairs are skips and the window, which counts k + 64 where it needs tensor cores.
