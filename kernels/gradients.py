@@ -17,7 +17,6 @@ from pi_dist.kernels.tiles import (
     clamped,
     keep,
     load,
-    load_gate,
     load_labels,
     load_rows,
     neighbours,
@@ -69,14 +68,14 @@ def delta_of(out_rows, dout_rows, scores):
 def load_queries(
     q, dout_rows, tokens, delta, lse, gate, q_labels, scores, dropout, batch, head, OPTIONS: tl.constexpr
 ):
-    """Queries, from the parts of one batch row and head; dout's rows and delta are at hand."""
+    """Queries, from q and labels of one batch row and head; dout's rows, delta, lse and gate are at hand."""
     return Queries(
         load_rows(q, tokens, OPTIONS),
         dout_rows,
         tokens,
         load_labels(q_labels, tokens, OPTIONS),
         delta,
-        priors_of(load_gate(gate, tokens, OPTIONS), load(lse, tokens, 0.0) * LOG2E, scores, OPTIONS),
+        priors_of(gate, lse * LOG2E, scores, OPTIONS),
         query_hash(dropout, batch, tokens, head, OPTIONS),
     )
 
@@ -201,8 +200,20 @@ def far_of_keys(dk, dv, queries, k_rows, v_rows, k_labels, offset, scores, dropo
 
 
 @triton.jit
-def far_of_queries(dq, sums, queries, k, v, k_labels, offset, sizes, scores, dropout, OPTIONS: tl.constexpr):
-    """Add to dq and the gate's sums what the keys `offset` tokens before the queries give them."""
+def far_of_queries(dq, sums, queries, k, v, k_labels, stride, sizes, scores, dropout, OPTIONS: tl.constexpr):
+    """Add to dq and the gate's sums what the far skips give the queries."""
+    for m in tl.static_range(1, OPTIONS.shifts + 1):
+        for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
+            offset = m * stride if side == 0 else -m * stride
+            dq, sums = _far_of_queries(
+                dq, sums, queries, k, v, k_labels, offset, sizes, scores, dropout, OPTIONS
+            )
+    return dq, sums
+
+
+@triton.jit
+def _far_of_queries(dq, sums, queries, k, v, k_labels, offset, sizes, scores, dropout, OPTIONS: tl.constexpr):
+    """What the keys `offset` tokens before the queries give them."""
     keys = shifted(queries.tokens, sizes.shift - offset, sizes.k_len)
     k_rows, v_rows = load_rows(k, keys, OPTIONS), load_rows(v, keys, OPTIONS)
     _, passed, weight, dl = _far_pairs(

@@ -32,6 +32,7 @@ from pi_dist.kernels.tiles import (
     earlier_rows,
     first_slot,
     load,
+    load_gate,
     load_labels,
     load_rows,
     neighbours,
@@ -64,8 +65,8 @@ def _load_queries(
 ):
     """As `load_queries`, delta from memory."""
     return load_queries(
-        q, load_rows(dout, those, OPTIONS), those, load(delta, those, 0.0), lse, gate, q_labels, scores,
-        dropout, batch, head, OPTIONS,
+        q, load_rows(dout, those, OPTIONS), those, load(delta, those, 0.0), load(lse, those, 0.0),
+        load_gate(gate, those, OPTIONS), q_labels, scores, dropout, batch, head, OPTIONS,
     )  # fmt: skip
 
 
@@ -196,11 +197,8 @@ def _queries_kernel(
             )  # fmt: skip
             passed, sums = dlogits_of(pairs, queries, v_rows, sums, scores, OPTIONS)
             dq_rows = tl.dot(passed, k_rows, dq_rows, input_precision="ieee")
-    for m in tl.static_range(1, OPTIONS.shifts + 1):
-        for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
-            dq_rows, sums = far_of_queries(
-                dq_rows, sums, queries, k, v, k_labels, m * stride if side == 0 else -m * stride, sizes,
-                scores, dropout, OPTIONS,
-            )  # fmt: skip
+    dq_rows, sums = far_of_queries(
+        dq_rows, sums, queries, k, v, k_labels, stride, sizes, scores, dropout, OPTIONS
+    )
     store_sum(dq, mine, dq_rows, earlier_rows(dq, mine, OPTIONS), OPTIONS)
     store_gate(dgate, weight, residual, mine, sums, earlier, scores, OPTIONS)

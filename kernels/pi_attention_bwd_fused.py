@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from pi_dist.kernels.gradients import (
-    Queries,
     delta_of,
     dlogits_of,
     earlier_sums,
@@ -25,7 +24,6 @@ from pi_dist.kernels.gradients import (
     store_gate,
 )
 from pi_dist.kernels.tiles import (
-    LOG2E,
     SKIP,
     Tokens,
     decode,
@@ -38,8 +36,6 @@ from pi_dist.kernels.tiles import (
     nothing_in,
     of,
     order_of,
-    priors_of,
-    query_hash,
     shifted,
     store_sum,
     tokens,
@@ -61,8 +57,9 @@ def _load_queries(
     dout_rows = load_rows(dout, those, OPTIONS)
     delta = delta_of(load_rows(out, those, OPTIONS), dout_rows, scores)
     return load_queries(
-        q, dout_rows, those, delta, lse, gate, q_labels, scores, dropout, batch, head, OPTIONS
-    )
+        q, dout_rows, those, delta, load(lse, those, 0.0), load_gate(gate, those, OPTIONS), q_labels, scores,
+        dropout, batch, head, OPTIONS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -127,12 +124,9 @@ def _tile(
                 store_sum(dv, own_keys, dv_rows, dv_before, OPTIONS)
             store_sum(dk, own_keys, dk_rows, dk_before, OPTIONS)
         dq_rows = tl.dot(passed, k_rows, input_precision="ieee")
-        for m in tl.static_range(1, OPTIONS.shifts + 1):
-            for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
-                dq_rows, sums = far_of_queries(
-                    dq_rows, sums, queries, k, v, k_labels, m * stride if side == 0 else -m * stride, sizes,
-                    scores, dropout, OPTIONS,
-                )  # fmt: skip
+        dq_rows, sums = far_of_queries(
+            dq_rows, sums, queries, k, v, k_labels, stride, sizes, scores, dropout, OPTIONS
+        )
         store_sum(dq_part, own_queries, dq_rows, dq_before, OPTIONS)
         store_gate(*gate_parts, own_queries, sums, sums_before, scores, OPTIONS)
     if OPTIONS.share > 1:
@@ -167,14 +161,8 @@ def _walk(
         k_rows, v_rows = load_rows(k, mine, OPTIONS), load_rows(v, mine, OPTIONS)
         dout_rows = load_rows(dout, mine, OPTIONS)
         delta = delta_of(load_rows(out, mine, OPTIONS), dout_rows, scores)
-        queries = Queries(
-            load_rows(q, mine, OPTIONS),
-            dout_rows,
-            mine,
-            load_labels(q_labels, mine, OPTIONS),
-            delta,
-            priors_of(gate_here, lse_here * LOG2E, scores, OPTIONS),
-            query_hash(dropout, batch, mine, head, OPTIONS),
+        queries = load_queries(
+            q, dout_rows, mine, delta, lse_here, gate_here, q_labels, scores, dropout, batch, head, OPTIONS
         )
         own, own_before = _where(mine, number < TILES), _where(before, number > 0)
         sums_before = earlier_sums(dgate, weight, residual, own, OPTIONS)

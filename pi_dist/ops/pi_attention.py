@@ -66,6 +66,12 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.
         raise ValueError(f"gate.dtype ({gate.dtype}) in (float32, float64) does not hold; bf16 rounds α to 1")
 
 
+def check_labels(labels: torch.Tensor | None, batch: int, seq_len: int) -> None:
+    """Raise ValueError unless labels are [B, n], those of the whole sequence, or None."""
+    if labels is not None and labels.shape != (batch, seq_len):
+        raise ValueError(f"labels {tuple(labels.shape)} == [B, n] ({batch}, {seq_len}) does not hold")
+
+
 def check_options(
     softmax_scale: float | None, logit_cap: float | None, dropout_p: float, seed: int | None
 ) -> None:

@@ -73,6 +73,7 @@ class _Part:
     start: int
     stop: int
     strides: tuple[int, ...]  # of all query heads
+    local: bool  # whether the keys lie at the queries' own positions
 
     def span(self, query_start: int) -> int:
         """Tokens from the first query or key to the last."""
@@ -136,7 +137,7 @@ def _parts(
             if band.shifts or not parts:
                 start, stop = 0, q_len
             if start < stop:
-                parts.append(_Part(band, block, start, stop, all_strides))
+                parts.append(_Part(band, block, start, stop, all_strides, local))
     return tuple(parts)
 
 
@@ -401,8 +402,8 @@ class _Backward:
     def fused(self, part: _Part) -> bool:
         """Compute all gradients of a part in one launch, if that can be."""
         q, launch, batch = self.q, self.launch, self.q.shape[0]
-        fused = _fused(launch, part, batch) if launch.alike(part) and part.start == 0 else None
-        if fused is None or part.block.run != (self.spec.query_start, self.spec.query_start + q.shape[1]):
+        fused = _fused(launch, part, batch) if part.local and launch.alike(part) else None
+        if fused is None:
             return False
         merge = part != self.parts[0]
         part, sizes, owned, walk = fused

@@ -9,7 +9,13 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from pi_dist.ops.pattern import PiPattern
-from pi_dist.ops.pi_attention import backend_functions, check_options, check_shapes, pi_attention
+from pi_dist.ops.pi_attention import (
+    backend_functions,
+    check_labels,
+    check_options,
+    check_shapes,
+    pi_attention,
+)
 from pi_dist.ops.spec import AttentionSpec, Run
 from pi_dist.parallel.exchange_plan import make_plan
 from pi_dist.parallel.key_exchange import start_exchange, start_return
@@ -60,8 +66,7 @@ def sequence_parallel_pi_attention(
     seq_len = num_ranks * q.shape[1]
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"query length ({q.shape[1]}) == key length ({k.shape[1]}) of a shard does not hold")
-    if labels is not None and labels.shape != (q.shape[0], seq_len):
-        raise ValueError(f"labels {tuple(labels.shape)} == [B, n] ({q.shape[0]}, {seq_len}) does not hold")
+    check_labels(labels, q.shape[0], seq_len)
     options = {"softmax_scale": softmax_scale, "logit_cap": logit_cap, "dropout_p": dropout_p, "seed": seed}
     if num_ranks == 1:
         return pi_attention(

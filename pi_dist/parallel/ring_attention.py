@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from pi_dist.ops.exact_attention import ExactBlock, exact_attention_bwd, exact_attention_fwd, merge
-from pi_dist.ops.pi_attention import check_shapes
+from pi_dist.ops.pi_attention import check_labels, check_shapes
 from pi_dist.ops.spec import accumulate_dtype
 from pi_dist.parallel.collectives import ring_exchange
 
@@ -45,10 +45,7 @@ def ring_attention(
     """
     check_shapes(q, k, v, None)
     num_ranks = 1 if group is None else dist.get_world_size(group)
-    if labels is not None and labels.shape != (q.shape[0], num_ranks * q.shape[1]):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} == [B, n] ({q.shape[0]}, {num_ranks * q.shape[1]}) does not hold"
-        )
+    check_labels(labels, q.shape[0], num_ranks * q.shape[1])
     return _RingAttention.apply(q, k, v, labels, group, balanced)
 
 
@@ -77,7 +74,7 @@ def _step(
 
 
 class _Ring:
-    """Passes a tensor to the next rank and takes that of the previous one; nothing happens on one rank."""
+    """Passes a tensor to the next rank and takes that of the previous one."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -100,7 +97,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, labels, group, balanced):
         ring, scale, length = _Ring(group), q.shape[3] ** -0.5, q.shape[1]
-        held = torch.stack([k, v])
+        held = torch.stack([k, v]) if ring.size > 1 else (k, v)
         out = lse = None
         for step in range(ring.size):
             source = (ring.rank - step) % ring.size
@@ -125,8 +122,8 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, labels, out, lse = ctx.saved_tensors
         ring, scale = _Ring(ctx.group), q.shape[3] ** -0.5
-        held, dtype = torch.stack([k, v]), accumulate_dtype(q.dtype)
-        dheld = torch.zeros(held.shape, dtype=dtype, device=q.device)
+        held, dtype = torch.stack([k, v]) if ring.size > 1 else (k, v), accumulate_dtype(q.dtype)
+        dheld = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         for step in range(ring.size):
             source = (ring.rank - step) % ring.size
