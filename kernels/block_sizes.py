@@ -11,7 +11,7 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("block_sizes.json")
 KERNELS = ("fwd", "keys", "queries", "narrow", "walk")
 KINDS = ("ring", "near", "far", "skip")  # window; near skips in its band; far ones beside it; skips alone
-BANDS = (16, 64, 512)  # steps; a wider band uses the last
+BANDS = (16, 32, 64, 512)  # steps; a wider band uses the last
 
 
 @dataclass(frozen=True)

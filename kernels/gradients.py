@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from pi_dist.kernels.tiles import (
-    LOG2E,
     NOWHERE,
     RING,
     SKIP,
@@ -21,7 +20,6 @@ from pi_dist.kernels.tiles import (
     load_rows,
     neighbours,
     of_skips,
-    priors_of,
     query_hash,
     shifted,
     store,
@@ -65,17 +63,15 @@ def delta_of(out_rows, dout_rows, scores):
 
 
 @triton.jit
-def load_queries(
-    q, dout_rows, tokens, delta, lse, gate, q_labels, scores, dropout, batch, head, OPTIONS: tl.constexpr
-):
-    """Queries, from q and labels of one batch row and head; dout's rows, delta, lse and gate are at hand."""
+def load_queries(q, dout_rows, tokens, delta, priors, q_labels, dropout, batch, head, OPTIONS: tl.constexpr):
+    """Queries, from q and labels of one batch row and head; dout's rows, delta and priors are at hand."""
     return Queries(
         load_rows(q, tokens, OPTIONS),
         dout_rows,
         tokens,
         load_labels(q_labels, tokens, OPTIONS),
         delta,
-        priors_of(gate, lse * LOG2E, scores, OPTIONS),
+        priors,
         query_hash(dropout, batch, tokens, head, OPTIONS),
     )
 

@@ -23,6 +23,7 @@ from pi_dist.kernels.gradients import (
 )
 from pi_dist.kernels.tiles import (
     FULL_STRETCH,
+    LOG2E,
     NOWHERE,
     SKIP,
     along_columns,
@@ -35,21 +36,29 @@ from pi_dist.kernels.tiles import (
     load_gate,
     load_labels,
     load_rows,
+    log2,
     neighbours,
     nothing_in,
     of,
     order_of,
+    priors_from,
+    priors_of,
     shifted,
+    squeezed,
     store,
     store_sum,
+    sure,
     tokens,
     zeros,
 )
 
 
 @triton.jit
-def _delta_kernel(out, dout, delta, sizes, scores, OPTIONS: tl.constexpr):
-    """delta [B, T, H] = Σ over D of out·dout, times the scale."""
+def _queries_once_kernel(out, dout, gate, delta, log_ring, log_skip, sizes, scores, OPTIONS: tl.constexpr):
+    """What both kernels, or many programs, need of queries, [B, T, H]: delta, and the base-2 log-priors.
+
+    delta is the sum over D of out·dout, times the scale.
+    """
     tile, head, batch = decode(sizes, True)
     order = order_of(sizes.q_len, sizes.shift, sizes.q_len, sizes.k_len, 1, OPTIONS)
     start = first_slot(tile, OPTIONS.block_m, OPTIONS)
@@ -57,16 +66,27 @@ def _delta_kernel(out, dout, delta, sizes, scores, OPTIONS: tl.constexpr):
     out_rows = load_rows(of(out, batch, head), mine, OPTIONS)
     dout_rows = load_rows(of(dout, batch, head), mine, OPTIONS)
     store(of(delta, batch, head), mine, delta_of(out_rows, dout_rows, scores))
+    if OPTIONS.has_gate:
+        alpha = squeezed(load_gate(of(gate, batch, head), mine, OPTIONS), OPTIONS)
+        store(of(log_ring, batch, head), mine, log2(alpha, OPTIONS))
+        store(of(log_skip, batch, head), mine, log2(1 - alpha, OPTIONS))
 
 
 @triton.jit
-def _load_queries(
-    q, dout, those, delta, lse, gate, q_labels, scores, dropout, batch, head, OPTIONS: tl.constexpr
-):
-    """As `load_queries`, delta from memory."""
+def _queries_of_keys(
+    q, dout, those, delta, lse, log_ring, log_skip, q_labels, scores, dropout, batch, head,
+    OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """As `load_queries`, for programs that own keys: α is not known."""
+    origin = load(lse, those, 0.0) * LOG2E
+    if OPTIONS.has_gate:
+        ring, skip = load(log_ring, those, 0.0), load(log_skip, those, 0.0)
+        priors = priors_from(ring, skip, origin, origin, scores)
+    else:
+        priors = priors_from(0.0, 0.0, origin, origin, scores)
     return load_queries(
-        q, load_rows(dout, those, OPTIONS), those, load(delta, those, 0.0), load(lse, those, 0.0),
-        load_gate(gate, those, OPTIONS), q_labels, scores, dropout, batch, head, OPTIONS,
+        q, load_rows(dout, those, OPTIONS), those, load(delta, those, 0.0), priors, q_labels, dropout, batch,
+        head, OPTIONS,
     )  # fmt: skip
 
 
@@ -99,8 +119,8 @@ def _keys_tile(
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout", "first_share"])
 def _keys_kernel(
-    q, k, v, gate, q_labels, k_labels, delta, lse, dout, strides_ptr, kv_heads_ptr, dk, dv, sizes, scores,
-    dropout, first_share, OPTIONS: tl.constexpr,
+    q, k, v, q_labels, k_labels, delta, lse, dout, strides_ptr, kv_heads_ptr, log_ring, log_skip, dk, dv,
+    sizes, scores, dropout, first_share, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of block_m keys, summed over `shares` query heads; num_heads counts the keys' heads."""
     tile, k_head, batch = decode(sizes, OPTIONS.heads_first)
@@ -128,14 +148,16 @@ def _keys_kernel(
         this = head + share
         if not OPTIONS.uniform:
             stride = tl.load(strides_ptr + this)
-        q_part, dout_part, gate_part = of(q, batch, this), of(dout, batch, this), of(gate, batch, this)
+        q_part, dout_part = of(q, batch, this), of(dout, batch, this)
         lse_part, delta_part = of(lse, batch, this), of(delta, batch, this)
+        ring_part, skip_part = of(log_ring, batch, this), of(log_skip, batch, this)
         for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
             for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
                 t = block + tl.arange(0, OPTIONS.block_n)
-                queries = _load_queries(
-                    q_part, dout_part, tokens(first, start, t, order, sizes.q_len, OPTIONS), delta_part,
-                    lse_part, gate_part, q_labels, scores, dropout, batch, this, OPTIONS,
+                those = sure(tokens(first, start, t, order, sizes.q_len, OPTIONS), stretch == FULL_STRETCH)
+                queries = _queries_of_keys(
+                    q_part, dout_part, those, delta_part, lse_part, ring_part, skip_part, q_labels, scores,
+                    dropout, batch, this, OPTIONS,
                 )  # fmt: skip
                 dk_rows, dv_rows = _keys_tile(
                     dk_rows, dv_rows, k_rows, v_rows, mine, label, queries, t, order, scores, dropout, stride,
@@ -144,9 +166,9 @@ def _keys_kernel(
         for m in tl.static_range(1, OPTIONS.shifts + 1):
             for side in tl.static_range(0, 1 if OPTIONS.causal else 2):
                 offset = m * stride if side == 0 else -m * stride
-                queries = _load_queries(
+                queries = _queries_of_keys(
                     q_part, dout_part, shifted(mine, offset - sizes.shift, sizes.q_len), delta_part, lse_part,
-                    gate_part, q_labels, scores, dropout, batch, this, OPTIONS,
+                    ring_part, skip_part, q_labels, scores, dropout, batch, this, OPTIONS,
                 )  # fmt: skip
                 dk_rows, dv_rows = far_of_keys(
                     dk_rows, dv_rows, queries, k_rows, v_rows, label, offset, scores, dropout, OPTIONS
@@ -157,7 +179,7 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout", "first_share"])
 def _queries_kernel(
-    q, k, v, gate, q_labels, k_labels, delta, lse, dout, strides_ptr, kv_heads_ptr, dq, dgate, weight,
+    q, k, v, q_labels, k_labels, delta, lse, dout, strides_ptr, kv_heads_ptr, gate, dq, dgate, weight,
     residual, sizes, scores, dropout, first_share, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """dq and dgate of block_m queries of one head; num_heads counts `shares` of them a head of the keys."""
@@ -172,9 +194,12 @@ def _queries_kernel(
     if nothing_in(start, order, scores, OPTIONS):
         return
     mine = tokens(order.low, start, tl.arange(0, OPTIONS.block_m), order, sizes.q_len, OPTIONS)  # [M]
-    queries = _load_queries(
-        of(q, batch, head), of(dout, batch, head), mine, of(delta, batch, head), of(lse, batch, head),
-        of(gate, batch, head), of(q_labels, batch, 0), scores, dropout, batch, head, OPTIONS,
+    origin = load(of(lse, batch, head), mine, 0.0) * LOG2E
+    queries = load_queries(
+        of(q, batch, head), load_rows(of(dout, batch, head), mine, OPTIONS), mine,
+        load(of(delta, batch, head), mine, 0.0),
+        priors_of(load_gate(of(gate, batch, head), mine, OPTIONS), origin, scores, OPTIONS),
+        of(q_labels, batch, 0), dropout, batch, head, OPTIONS,
     )  # fmt: skip
     k, v, k_labels = of(k, batch, k_head), of(v, batch, k_head), of(k_labels, batch, 0)
     steps = tl.arange(0, OPTIONS.block_m)
@@ -188,7 +213,7 @@ def _queries_kernel(
     for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
         for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
             u = block + tl.arange(0, OPTIONS.block_n)
-            keys = tokens(first, start, u, order, sizes.k_len, OPTIONS)
+            keys = sure(tokens(first, start, u, order, sizes.k_len, OPTIONS), stretch == FULL_STRETCH)
             k_rows = load_rows(k, keys, OPTIONS)
             v_rows = load_rows(v, keys, OPTIONS)
             pairs = softmax_of(

@@ -24,6 +24,7 @@ from pi_dist.kernels.gradients import (
     store_gate,
 )
 from pi_dist.kernels.tiles import (
+    LOG2E,
     SKIP,
     Tokens,
     decode,
@@ -36,6 +37,7 @@ from pi_dist.kernels.tiles import (
     nothing_in,
     of,
     order_of,
+    priors_of,
     shifted,
     store_sum,
     tokens,
@@ -56,10 +58,8 @@ def _load_queries(
     """As `load_queries`, delta computed from out."""
     dout_rows = load_rows(dout, those, OPTIONS)
     delta = delta_of(load_rows(out, those, OPTIONS), dout_rows, scores)
-    return load_queries(
-        q, dout_rows, those, delta, load(lse, those, 0.0), load_gate(gate, those, OPTIONS), q_labels, scores,
-        dropout, batch, head, OPTIONS,
-    )  # fmt: skip
+    priors = priors_of(load_gate(gate, those, OPTIONS), load(lse, those, 0.0) * LOG2E, scores, OPTIONS)
+    return load_queries(q, dout_rows, those, delta, priors, q_labels, dropout, batch, head, OPTIONS)
 
 
 @triton.jit
@@ -161,9 +161,8 @@ def _walk(
         k_rows, v_rows = load_rows(k, mine, OPTIONS), load_rows(v, mine, OPTIONS)
         dout_rows = load_rows(dout, mine, OPTIONS)
         delta = delta_of(load_rows(out, mine, OPTIONS), dout_rows, scores)
-        queries = load_queries(
-            q, dout_rows, mine, delta, lse_here, gate_here, q_labels, scores, dropout, batch, head, OPTIONS
-        )
+        priors = priors_of(gate_here, lse_here * LOG2E, scores, OPTIONS)
+        queries = load_queries(q, dout_rows, mine, delta, priors, q_labels, dropout, batch, head, OPTIONS)
         own, own_before = _where(mine, number < TILES), _where(before, number > 0)
         sums_before = earlier_sums(dgate, weight, residual, own, OPTIONS)
         dk_before, dv_before = earlier_rows(dk, own_before, OPTIONS), earlier_rows(dv, own_before, OPTIONS)

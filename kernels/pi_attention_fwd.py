@@ -31,6 +31,7 @@ from pi_dist.kernels.tiles import (
     shifted,
     store,
     store_rows,
+    sure,
     tokens,
     zeros,
 )
@@ -79,10 +80,12 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def _load_keys(k, v, k_labels, sizes, order, start, block, WIDTH: tl.constexpr, OPTIONS: tl.constexpr):
-    """The keys in slots [block, block + WIDTH) from the tile's first."""
+def _load_keys(
+    k, v, k_labels, sizes, order, start, block, WIDTH: tl.constexpr, FULL: tl.constexpr, OPTIONS: tl.constexpr
+):
+    """The keys in slots [block, block + WIDTH) from the tile's first; FULL: all of them exist."""
     slots = block + tl.arange(0, WIDTH)
-    keys = tokens(order.low + sizes.shift, start, slots, order, sizes.k_len, OPTIONS)
+    keys = sure(tokens(order.low + sizes.shift, start, slots, order, sizes.k_len, OPTIONS), FULL)
     k_rows, v_rows = load_rows(k, keys, OPTIONS), load_rows(v, keys, OPTIONS)
     return Keys(k_rows, v_rows, keys, load_labels(k_labels, keys, OPTIONS), slots)
 
@@ -161,11 +164,15 @@ def _block(
         before, out_before = load(lse, mine, float("-inf")) * LOG2E, load_rows(out, mine, OPTIONS)
     softmax = Softmax(zeros(OPTIONS, True), zeros(OPTIONS, False), top)
     if OPTIONS.halo > 0:  # all keys are under way before the first is needed
-        keys = _load_keys(k, v, k_labels, sizes, order, start, 0, OPTIONS.block_m, OPTIONS)
+        keys = _load_keys(k, v, k_labels, sizes, order, start, 0, OPTIONS.block_m, False, OPTIONS)
         if OPTIONS.left > 0:
-            left = _load_keys(k, v, k_labels, sizes, order, start, -OPTIONS.halo, OPTIONS.halo, OPTIONS)
+            left = _load_keys(
+                k, v, k_labels, sizes, order, start, -OPTIONS.halo, OPTIONS.halo, False, OPTIONS
+            )
         if OPTIONS.right > 0:
-            right = _load_keys(k, v, k_labels, sizes, order, start, OPTIONS.block_m, OPTIONS.halo, OPTIONS)
+            right = _load_keys(
+                k, v, k_labels, sizes, order, start, OPTIONS.block_m, OPTIONS.halo, False, OPTIONS
+            )
     for m in tl.static_range(1, OPTIONS.shifts + 1):
         softmax = _shifted(queries, softmax, k, v, k_labels, sizes, scores, dropout, m * stride, OPTIONS)
         if not OPTIONS.causal:
@@ -182,10 +189,9 @@ def _block(
         )
         for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
             for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
-                keys = _load_keys(k, v, k_labels, sizes, order, start, block, OPTIONS.block_n, OPTIONS)
-                softmax = _tile(
-                    queries, softmax, keys, order, scores, dropout, stride, stretch == FULL_STRETCH, OPTIONS
-                )
+                full: tl.constexpr = stretch == FULL_STRETCH
+                keys = _load_keys(k, v, k_labels, sizes, order, start, block, OPTIONS.block_n, full, OPTIONS)
+                softmax = _tile(queries, softmax, keys, order, scores, dropout, stride, full, OPTIONS)
 
     acc = softmax.acc
     if OPTIONS.dropout:

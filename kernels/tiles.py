@@ -191,6 +191,15 @@ def tokens(first, start, steps, order, length, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def sure(those, FULL: tl.constexpr):
+    """The tokens, without masks if all of them exist (FULL)."""
+    if FULL:
+        return Tokens(those.start, those.offset, those.place == those.place, those.place)
+    else:
+        return those
+
+
+@triton.jit
 def first_slot(tile, OWNED: tl.constexpr, OPTIONS: tl.constexpr):
     """The slot with which a tile begins; there may be more than 2^31 of them where slots are tokens."""
     if OPTIONS.kind == SKIP:
@@ -316,16 +325,26 @@ def load_gate(gate, queries, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def squeezed(gate, OPTIONS: tl.constexpr):
+    """α of queries [N] from their gate."""
+    return (1 - 2 * OPTIONS.epsilon) * gate + OPTIONS.epsilon
+
+
+@triton.jit
+def priors_from(ring, skip, alpha, origin, scores):
+    """Priors of queries [N] from the logarithms of α and 1-α, all in base 2."""
+    cap = scores.cap * LOG2E
+    return Priors(ring - origin, skip - origin, -(origin + cap), -(origin - cap), alpha)
+
+
+@triton.jit
 def priors_of(gate, origin, scores, OPTIONS: tl.constexpr):
     """Priors of queries [N] from their gate, as `load_gate` gives it; origin [N] in base 2."""
     if OPTIONS.has_gate:
-        alpha = (1 - 2 * OPTIONS.epsilon) * gate + OPTIONS.epsilon
-        ring, skip = log2(alpha, OPTIONS) - origin, log2(1 - alpha, OPTIONS) - origin
+        alpha = squeezed(gate, OPTIONS)
+        return priors_from(log2(alpha, OPTIONS), log2(1 - alpha, OPTIONS), alpha, origin, scores)
     else:
-        alpha = origin
-        ring, skip = -origin, -origin
-    cap = scores.cap * LOG2E
-    return Priors(ring, skip, -(origin + cap), -(origin - cap), alpha)
+        return priors_from(0.0, 0.0, origin, origin, scores)
 
 
 @triton.jit

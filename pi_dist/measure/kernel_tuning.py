@@ -54,6 +54,7 @@ def trials(head_dim: int) -> list[Trial]:
     timed_on = [("ring", band, Case(head_dim, TOKENS, band, 0)) for band in BANDS]
     timed_on += [
         ("near", 16, Case(head_dim, TOKENS, 4, 1)),
+        ("near", 32, Case(head_dim, TOKENS, 16, 1)),
         ("far", 16, Case(head_dim, TOKENS, 4, 1, per_head=True)),
         ("far", 64, Case(head_dim, TOKENS, 64, 1)),
         ("far", 512, Case(head_dim, TOKENS, 512, 1)),

@@ -17,7 +17,7 @@ import triton
 
 from pi_dist.kernels import tiles
 from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
-from pi_dist.kernels.pi_attention_bwd import _delta_kernel, _keys_kernel, _queries_kernel
+from pi_dist.kernels.pi_attention_bwd import _keys_kernel, _queries_kernel, _queries_once_kernel
 from pi_dist.kernels.pi_attention_bwd_fused import _fused_kernel
 from pi_dist.kernels.pi_attention_fwd import _pi_attention_fwd_kernel
 from pi_dist.kernels.tiles import Dropout, Options, Rows, Scores, Sizes
@@ -392,12 +392,13 @@ class _Backward:
         apart = self.several and gate is not None
         self.weight, self.residual = (torch.empty_like(self.dgate) if apart else self.dgate for _ in range(2))
         self.touched: set[int] = set()  # blocks
-        self._delta: torch.Tensor | None = None
+        self._once: list[torch.Tensor | None] = []
 
-    def delta(self, part: _Part) -> torch.Tensor:
-        if self._delta is None:
-            self._delta = _delta(self.launch, part, self.out, self.dout)
-        return self._delta
+    def once(self, part: _Part) -> list[torch.Tensor | None]:
+        """delta, log2 α and log2(1-α) of all queries, [B, T, H]; the two are None without a gate."""
+        if not self._once:
+            self._once = _queries_once(self.launch, part, self.out, self.dout)
+        return self._once
 
     def fused(self, part: _Part) -> bool:
         """Compute all gradients of a part in one launch, if that can be."""
@@ -430,9 +431,10 @@ class _Backward:
         sizes, dk, dv = launch.block_sizes("keys", part), self.dkeys[index], self.dvalues[index]
         length, k_len, kv_heads = part.stop - part.start, dk.shape[1], len(part.block.heads)
         num_tiles = launch.num_tiles(part, sizes.block_m, k_len)
+        logs = [self._seen(x, part) for x in self.once(part)[1:]]
         for first_share, shares in launch.shares(part):
             _keys_kernel[(num_tiles * kv_heads * self.q.shape[0],)](
-                *self._common(part, index), _rows(dk, self.q), _rows(dv, self.q),
+                *self._common(part, index), *logs, _rows(dk, self.q), _rows(dv, self.q),
                 Sizes(length, k_len, kv_heads, num_tiles, launch.shift(part)), launch.scores(part),
                 launch.dropout_from(part.start), first_share,
                 OPTIONS=launch.options(part, sizes, merge=index in self.touched, shares=shares),
@@ -443,35 +445,35 @@ class _Backward:
     def queries_of(self, part: _Part) -> None:
         """dq and the gate's sums that a part's keys give its queries."""
         index, launch, q = self.spec.blocks.index(part.block), self.launch, self.q
-        sizes, view = launch.block_sizes("queries", part), slice(part.start, part.stop)
+        sizes = launch.block_sizes("queries", part)
         length, k_len, kv_heads = (
             part.stop - part.start,
             self.keys[index].shape[1],
             len(part.block.heads),
         )
         num_tiles = launch.num_tiles(part, sizes.block_m, length)
-        sums = (None if x is None else x[:, view] for x in (self.dgate, self.weight, self.residual))
-        sums = [_rows(x, q) for x in sums]
+        of_gate = [self._seen(x, part) for x in (self.dgate, self.weight, self.residual)]
         merge = part != self.parts[0]
         for first_share, shares in launch.shares(part):
             _queries_kernel[(num_tiles * kv_heads * shares * q.shape[0],)](
-                *self._common(part, index), _rows(self.dq[:, view], q), *sums,
+                *self._common(part, index), self._seen(self.gate, part), self._seen(self.dq, part), *of_gate,
                 Sizes(length, k_len, kv_heads * shares, num_tiles, launch.shift(part)), launch.scores(part),
                 launch.dropout_from(part.start), first_share,
                 OPTIONS=launch.options(part, sizes, merge=merge, shares=shares, parts=self.several),
                 **launch_options(sizes),
             )  # fmt: skip
 
+    def _seen(self, tensor: torch.Tensor | None, part: _Part) -> Rows:
+        """What belongs to the queries of a part."""
+        return _rows(None if tensor is None else tensor[:, part.start : part.stop], self.q)
+
     def _common(self, part: _Part, index: int) -> list[Rows | torch.Tensor]:
         """What the two kernels of a wide band read."""
-        q, view = self.q, slice(part.start, part.stop)
-        of_queries = (q, self.gate, self.q_labels, self.delta(part), self.lse, self.dout)
-        mine, gate, labels, delta, lse, dout = (
-            _rows(None if x is None else x[:, view], q) for x in of_queries
-        )
-        k, v, k_labels = (_rows(x[index], q) for x in (self.keys, self.values, self.k_labels))
-        tables = (_table(part.strides, q.device), _table(part.block.heads, q.device))
-        return [mine, k, v, gate, labels, k_labels, delta, lse, dout, *tables]
+        of_queries = (self.q, self.q_labels, self.once(part)[0], self.lse, self.dout)
+        mine, labels, delta, lse, dout = (self._seen(x, part) for x in of_queries)
+        k, v, k_labels = (_rows(x[index], self.q) for x in (self.keys, self.values, self.k_labels))
+        tables = (_table(part.strides, self.q.device), _table(part.block.heads, self.q.device))
+        return [mine, k, v, labels, k_labels, delta, lse, dout, *tables]
 
     def gradients_of_received(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """dk and dv of every block but the first; zeros where no query looks at one."""
@@ -508,20 +510,25 @@ def _fused(launch: _Launch, part: _Part, batch: int) -> tuple[_Part, Blocks, int
     return None
 
 
-def _delta(launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """Σ out·dout over D times the softmax scale, [B, T, H] fp32."""
+def _queries_once(
+    launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Σ out·dout over D times the softmax scale, log2 α and log2(1-α), [B, T, H] fp32, heads apart."""
     batch, length, num_heads, head_dim = out.shape
-    delta = torch.empty((batch, num_heads, length), dtype=torch.float32, device=out.device).transpose(1, 2)
+    delta, ring, skip = (
+        torch.empty((batch, num_heads, length), dtype=torch.float32, device=out.device).transpose(1, 2)
+        if index == 0 or launch.gate is not None
+        else None
+        for index in range(3)
+    )
     sizes = Blocks(max(16, 4096 // triton.next_power_of_2(head_dim)), 16, 4, 1)
-    any_band = replace(part, band=_Band(RING, 0, 0))  # the sum knows no band: compiled once for all of them
+    any_band = replace(part, band=_Band(RING, 0, 0))  # the band does not matter: compiled once for all
     num_tiles = triton.cdiv(length, sizes.block_m)
-    _delta_kernel[(num_tiles * num_heads * batch,)](
-        _rows(out, out),
-        _rows(dout, out),
-        _rows(delta, out),
+    _queries_once_kernel[(num_tiles * num_heads * batch,)](
+        *(_rows(x, out) for x in (out, dout, launch.gate, delta, ring, skip)),
         Sizes(length, length, num_heads, num_tiles, 0),
         launch.scores(part),
         OPTIONS=launch.options(any_band, sizes, merge=False, shares=1),
         num_warps=4,
     )
-    return delta
+    return [delta, ring, skip]
