@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_kernels import results, triton_attention
 
+from pi_dist.measure.kernel_peers import peers
 from pi_dist.ops import PiPattern, pi_attention
 from pi_dist.ops.oracle import pi_attention_oracle
 
@@ -128,6 +129,29 @@ def compare_with_flex_attention(pattern, length, head_dim, dtype, compiled, tole
 def test_equals_flex_attention(pattern):
     """Written by others, in bf16: the output and the gradients of q, k, v and the gate."""
     compare_with_flex_attention(pattern, 2048, 64, torch.bfloat16, True, 1e-2, 3e-2)
+
+
+@pytest.mark.parametrize("window", [4, 20, 300])
+def test_windows_equal_those_of_the_kernels_that_the_benchmark_names(window):
+    """FlashAttention's and, where its frontend is installed, cuDNN's: output and gradients, no gate."""
+    pattern = PiPattern(window, 200, num_skips=0)
+    (q, k, v, _), dout = draw_inputs(5, 2, 1024, 2, 2, 64, torch.bfloat16, gated=False)
+    ours = results(triton_attention, [q, k, v, None], dout, pattern, logit_cap=None)
+    gate = torch.ones(q.shape[:3], device=DEVICE)
+    windows = [peer for peer in peers(pattern, (q, k, v, gate, dout)) if "window" in peer.name]
+    assert len(windows) == 2
+    for peer in windows:
+        try:
+            forward, backward = peer.setup()
+        except ImportError as error:
+            print(f"{peer.name}: {error}")
+            continue
+        theirs = [
+            x.transpose(1, 2) if x.dim() == 4 else x.unflatten(0, q.shape[:2])
+            for x in (forward(), *backward())
+        ]
+        errors = relative_errors(theirs, ours)
+        assert all(error <= 1e-2 for error in errors), (peer.name, errors)
 
 
 @pytest.mark.parametrize("pattern", [SPARSE, BROAD, LONG], ids=["sparse", "broad", "long"])

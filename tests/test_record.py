@@ -53,9 +53,10 @@ def test_a_written_record_reads_back_the_same(tmp_path):
     assert json.loads((tmp_path / "record.json").read_text()) == record
 
 
-def test_floor_counts_each_tensor_once():
+@pytest.mark.parametrize("name", ["kernels_h100", "kernels_h200"])
+def test_floor_counts_each_tensor_once(name):
     """The bytes of the floor: (2H+2H)·n·D·2 + 8nH forward, (4H+4H)·n·D·2 + 12nH backward."""
-    for row in kept_records()["kernels_h200"]["rows"]:
+    for row in kept_records()[name]["rows"]:
         rows = row["batch"] * row["tokens"] * row["heads"]
         factor, scalars = (8, 8) if row["direction"] == "forward" else (16, 12)
         assert row["bytes"] == rows * (factor * row["head_dim"] + scalars)

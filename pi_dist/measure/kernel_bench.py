@@ -16,16 +16,17 @@ from typing import Any
 import torch
 
 from pi_dist.config import UserError
+from pi_dist.measure.kernel_peers import FLEX, peers
 from pi_dist.measure.record import device_name, versions, write
 from pi_dist.ops.pattern import PiPattern
-from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock, Run
+from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run
 
 TOTAL_TOKENS = 131072  # batch times context of a measurement, more where one context is longer
 CONTEXTS = (131072, 8192, 1048576)
 PEER_CONTEXTS = (8192, 131072)
 HEADS = {64: 12, 128: 8}  # query heads by head_dim, as in models of width 768 and 1024
 TILE = 64  # a window costs tensor cores k + 64 pairs a query
-OURS, FLEX = "pi, triton", "flex-attention, same pattern and gate"
+OURS = "pi, triton"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def inputs(case: Case) -> tuple[torch.Tensor, ...]:
     return q, k, v, gate, torch.randn(*shape, heads, dim, dtype=torch.bfloat16, device="cuda")
 
 
-def timed(function: Callable[[], Any], milliseconds: int = 60) -> float:
+def timed(function: Callable[[], Any], milliseconds: int = 40) -> float:
     """Median time in ms, by CUDA events, the cache flushed before each."""
     from triton.testing import do_bench
 
@@ -163,59 +164,10 @@ def compile_all(wanted: list[Any], warm_up: Callable[[Any], None]) -> None:
         list(pool.map(warm_up, wanted))
 
 
-def _peers(
-    case: Case, tensors: tuple[torch.Tensor, ...]
-) -> Iterator[tuple[str, Callable[[], torch.Tensor], list]]:
-    """(name, forward, the tensors that it is differentiated by) of other kernels for the same shape."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in tensors[:3])
-
-    def dense(backend: SDPBackend) -> Callable[[], torch.Tensor]:
-        def forward() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return forward
-
-    if (case.window, case.num_skips) == (4, 1):
-        yield "sdpa-flash, dense causal", dense(SDPBackend.FLASH_ATTENTION), [q, k, v]
-        yield "sdpa-cudnn, dense causal", dense(SDPBackend.CUDNN_ATTENTION), [q, k, v]
-    gate = tensors[3].detach().transpose(1, 2).contiguous().requires_grad_()
-    yield FLEX, flex_forward(case.pattern, q, k, v, gate), [q, k, v, gate]
-
-
-def flex_forward(
-    pattern: PiPattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor
-) -> Callable[[], torch.Tensor]:
-    """FlexAttention with this pattern (one stride, causal, self included) and gate [B, H, T]; no clamp.
-
-    q, k, v are [B, H, T, D].
-    """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    window, stride, skips = pattern.window, pattern.distinct_strides()[0], pattern.num_skips
-
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        offset = i - j
-        near = (offset >= 0) & (offset <= window)
-        return near | ((offset > 0) & (offset % stride == 0) & (offset <= skips * stride)) if skips else near
-
-    def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        alpha = (1 - 2 * GATE_EPSILON) * gate[b, h, i] + GATE_EPSILON
-        return s + torch.where(i - j <= window, torch.log(alpha), torch.log(1 - alpha))
-
-    # the default _compile=False would make the whole T×T mask
-    blocks = create_block_mask(mask, None, None, q.shape[2], q.shape[2], device=q.device, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, score_mod=score, block_mask=blocks)
-
-
 def peer_cases() -> Iterator[Case]:
     """What other kernels are timed on: the paper's pattern, windows, and a window with many skips."""
     for tokens in PEER_CONTEXTS:
-        for window, num_skips in ((4, 1), (16, 0), (64, 0), (64, 16), (512, 0)):
+        for window, num_skips in ((4, 0), (4, 1), (16, 0), (64, 0), (64, 16), (256, 0), (512, 0)):
             yield Case(64, tokens, window, num_skips)
 
 
@@ -227,19 +179,15 @@ def _measure(case: Case, copy: float, matmul: float) -> Iterator[dict[str, Any]]
 
 def _measure_peers(case: Case, copy: float, matmul: float) -> Iterator[dict[str, Any]]:
     """Rows of the other kernels; one that cannot run here is named on stderr."""
-    tensors = inputs(case)
-    dout = tensors[4].transpose(1, 2)
-    for name, forward, wanted in _peers(case, tensors):
+    for peer in peers(case.pattern, inputs(case)):
         try:
-            out = forward()
-        except RuntimeError as error:
-            print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            functions = peer.setup()
+            times = [timed(function) for function in functions]
+        except (ImportError, RuntimeError) as error:
+            print(f"  {peer.name}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        yield _row(case, name, "forward", timed(forward), copy, matmul)
-        backward = timed(
-            lambda out=out, wanted=wanted: torch.autograd.grad(out, wanted, dout, retain_graph=True)
-        )
-        yield _row(case, name, "backward", backward, copy, matmul)
+        for direction, ms in zip(("forward", "backward"), times, strict=True):
+            yield _row(case, peer.name, direction, ms, copy, matmul)
 
 
 def _jobs(record: dict[str, Any]) -> list[tuple[Callable[..., Iterator[dict[str, Any]]], Case]]:

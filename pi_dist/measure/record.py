@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -129,24 +130,38 @@ def markdown_table(record: dict) -> str:
 
 
 def _kernel_table(rows: list[dict]) -> str:
-    """Times at 131,072 tokens and head_dim 64, one stride: a line a window, a column a number of skips."""
-    wanted = [
-        row
-        for row in rows
-        if (row["tokens"], row["head_dim"], row["strides"]) == (131072, 64, "one")
-        and row["method"][:2] == "pi"
+    """Times at 131,072 tokens and head_dim 64, one stride, and those of other kernels, where there are any.
+
+    A line a window; a column a number of skips, then a column a kernel for the window alone.
+    """
+    at = [row for row in rows if (row["tokens"], row["head_dim"], row["strides"]) == (131072, 64, "one")]
+    ours, others = ([row for row in at if (row["method"][:2] == "pi") == mine] for mine in (True, False))
+    windows, skips = (sorted({row[key] for row in ours}) for key in ("window", "num_skips"))
+    by_skips = {
+        f"M = {m}": [row for row in ours if row["num_skips"] == m] for m in skips
+    }  # rows of each column
+    tables = [_times(windows, by_skips, lambda row: f"{row['ms']:.2f} ({row['times_floor']:.1f})")]
+    names = dict.fromkeys(row["method"] for row in others if row["num_skips"] == 0)
+    if names:
+        of_window = [row for row in at if row["num_skips"] == 0]
+        by_name = {
+            name: [row for row in of_window if row["method"] == name] for name in ("pi, triton", *names)
+        }
+        tables.append(_times(windows, by_name, lambda row: f"{row['ms']:.2f}"))
+    return "\n\n".join(tables)
+
+
+def _times(windows: list[int], columns: dict[str, list[dict]], cell: Callable[[dict], str]) -> str:
+    """A line a window, a column a list of rows; `cell` of the forward / of the backward."""
+
+    def both(rows: list[dict], window: int) -> str:
+        found = {row["direction"]: row for row in rows if row["window"] == window}
+        return " / ".join(cell(found[way]) for way in ("forward", "backward"))
+
+    lines = [" | ".join(["", "k", *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
+    lines += [
+        " | ".join(["", str(k), *(both(rows, k) for rows in columns.values()), ""]).strip() for k in windows
     ]
-    windows, skips = (sorted({row[key] for row in wanted}) for key in ("window", "num_skips"))
-
-    def cell(window: int, num_skips: int) -> str:
-        of_cell = [row for row in wanted if (row["window"], row["num_skips"]) == (window, num_skips)]
-        ms = {row["direction"]: row for row in of_cell}
-        return " / ".join(
-            f"{ms[way]['ms']:.2f} ({ms[way]['times_floor']:.1f})" for way in ("forward", "backward")
-        )
-
-    lines = [" | ".join(["", "k", *(f"M = {m}" for m in skips), ""]).strip(), "|---" * (len(skips) + 1) + "|"]
-    lines += [" | ".join(["", str(k), *(cell(k, m) for m in skips), ""]).strip() for k in windows]
     return "\n".join(lines)
 
 
