@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 
 class UserError(ValueError):
@@ -21,6 +21,8 @@ class ConfigError(UserError):
 
 Method = Literal["pi", "window", "dense", "ring", "ulysses"]
 EXACT_METHODS = ("dense", "ring", "ulysses")
+Overlap = Literal["none", "interior", "pipelined"]
+OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,9 @@ class ParallelConfig:
     exchange: Literal["ring_all_to_all", "all_to_all"] = "ring_all_to_all"
     """ring_all_to_all: window halo by ring send/recv, skip rows by one all_to_all_single (the paper's);
     all_to_all: both in the one all_to_all_single."""
-    overlap: Literal["none", "interior"] = "interior"
-    """interior: neighbours within a rank's own shard are worked on while rows travel;
+    overlap: Overlap = "interior"
+    """interior: neighbours within a rank's own shard are worked on while rows travel; pipelined: also, the
+    sequences of a micro-batch one by one, the rows of the next travelling meanwhile (the paper's III-B4);
     none: rows are awaited first, for comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU per local rank over NCCL where there are any, else the CPU over gloo."""

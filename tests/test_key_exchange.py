@@ -6,6 +6,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pi_dist.config import OVERLAPS
 from pi_dist.ops import PiPattern
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.parallel.collectives import ring_exchange
@@ -111,7 +112,7 @@ def test_equals_the_dense_oracle_for_any_split(ranks, num_ranks):
     """Any n, window, stride, heads, documents, padding; shards down to one token; every form of exchange."""
 
     @settings(max_examples=25)
-    @given(cases(), st.integers(1, 9), st.booleans(), st.sampled_from(["none", "interior"]))
+    @given(cases(), st.integers(1, 9), st.booleans(), st.sampled_from(OVERLAPS))
     def check(case, shard_length, fused, overlap):
         pattern, options, heads, gated, labels_kind, seed = case
         arguments = (seed, 2, shard_length * num_ranks, *heads, gated, labels_kind)

@@ -80,15 +80,14 @@ class HeldOut:
             yield Batch(*parts, starts=starts, row_start=first)
 
 
-def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL):
+def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, overlap="interior"):
     """For each ZeRO stage: (loss, held-out loss, gradients) of one optimizer step's global batch."""
     mesh = make_mesh(sp, torch.device(device))
     results = []
     for stage in stages:
         training = TrainingConfig(context=CONTEXT, batch_size=ROWS, warmup_steps=1, **options)
-        config = Config(
-            model=model_config, parallel=ParallelConfig(sp_degree=sp, zero_stage=stage), training=training
-        )
+        parallel = ParallelConfig(sp_degree=sp, zero_stage=stage, overlap=overlap)
+        config = Config(model=model_config, parallel=parallel, training=training)
         model = PiTransformer(model_config, CONTEXT, 1, training.activation_checkpointing)
         engine = Engine(model, config, mesh)
         data = HeldOut(mesh, training.micro_batch_size, config.balanced)
@@ -145,6 +144,14 @@ def test_recomputation_and_larger_micro_batches_change_nothing(zero_stage):
     with Ranks(4) as ranks:
         options = {"activation_checkpointing": True, "micro_batch_size": 2}
         check(ranks.run(on_a_rank, 2, [zero_stage], options, False))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_pipelined_exchange_changes_nothing(zero_stage):
+    """Two sequences in a micro-batch, so that rows of one travel while the other is worked on."""
+    with Ranks(2) as ranks:
+        options = {"activation_checkpointing": True, "micro_batch_size": 2}
+        check(ranks.run(on_a_rank, 2, [zero_stage], options, False, "cpu", MODEL, "pipelined"))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

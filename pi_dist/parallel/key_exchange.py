@@ -9,6 +9,7 @@ is computed in between hides them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,9 @@ def start_exchange(
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
         for heads, rows in zip(plan.groups, message.rows, strict=True):
+            columns = _columns(heads.kv_heads, k.device)
             for tensor in (k, v):
-                yield from (_rows(tensor, plan.shard, run)[:, :, list(heads.kv_heads)] for run in rows)
+                yield from (_rows(tensor, plan.shard, run)[:, :, columns] for run in rows)
 
     arrive = _travel(plan, pack, batch, head_dim, k, group, backward=False)
 
@@ -86,13 +88,25 @@ def start_return(
         for message, flat in wait():
             unpacked = _unpack(message, flat, plan, batch, head_dim)
             for heads, (group_rows, blocks) in zip(plan.groups, unpacked, strict=True):
+                columns = _columns(heads.kv_heads, dk.device)
                 for run, block in zip(group_rows, blocks, strict=True):
                     for target, gradient in zip((dk, dv), block, strict=True):
-                        rows, columns = _rows(target, plan.shard, run), list(heads.kv_heads)
-                        total = rows[:, :, columns].to(gradient.dtype) + gradient
-                        rows[:, :, columns] = total.to(target.dtype)
+                        rows = _rows(target, plan.shard, run)
+                        rows[:, :, columns] = (rows[:, :, columns] + gradient).to(target.dtype)
 
     return wait, add_to
+
+
+@lru_cache(maxsize=1024)
+def _columns(heads: tuple[int, ...], device: torch.device) -> slice | torch.Tensor:
+    """What selects these ascending heads: a slice, else indices that lie on the device already.
+
+    A list would be copied there each time, and the host would wait for it.
+    """
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if heads == tuple(range(heads[0], heads[-1] + 1, step)):
+        return slice(heads[0], heads[-1] + 1, step)
+    return torch.tensor(heads, device=device)
 
 
 def _rows(tensor: torch.Tensor, lies: Run, wanted: Run) -> torch.Tensor:
@@ -115,8 +129,11 @@ def _travel(
         skip_sends, skip_receives = skip_receives, skip_sends
 
     def flat(messages: tuple[Message, ...]) -> torch.Tensor:
-        parts = [part.reshape(-1) for message in messages for part in pack(message)]
-        return torch.cat(parts) if parts else like.new_empty(0)
+        whole, start = like.new_empty(sum(counts(messages))), 0
+        for part in (part for message in messages for part in pack(message)):
+            whole[start : start + part.numel()].view(part.shape).copy_(part)
+            start += part.numel()
+        return whole
 
     def counts(messages: tuple[Message, ...]) -> list[int]:
         return [message.elements(batch, head_dim, plan.groups) for message in messages]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from pi_dist.config import OVERLAPS
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.pi_attention import (
     backend_functions,
@@ -52,7 +55,8 @@ def sequence_parallel_pi_attention(
         fused_exchange: True sends the window halo inside the all_to_all_single; False by ring send/recv
             beside it.
         overlap: "interior" works on neighbours within the shard while rows travel, forward and backward, so
-            that only rows at the boundary wait; "none" waits first.
+            that only rows at the boundary wait; "pipelined" also takes batch rows one by one, and the rows of
+            the next travel while the current one is worked on (Section III-B4); "none" waits first.
         Other arguments as in `pi_dist.ops.pi_attention`.
 
     Returns:
@@ -73,8 +77,8 @@ def sequence_parallel_pi_attention(
             q, k, v, gate, pattern, segment_ids=labels, row_start=row_start, backend=backend, **options
         )
     check_options(**options)
-    if overlap not in ("none", "interior"):
-        raise ValueError(f"overlap ({overlap!r}) in ('none', 'interior') does not hold")
+    if overlap not in OVERLAPS:
+        raise ValueError(f"overlap ({overlap!r}) in {OVERLAPS} does not hold")
     plan = make_plan(
         pattern, q.shape[2], k.shape[2], seq_len, num_ranks, dist.get_rank(group), fused_exchange
     )
@@ -103,45 +107,81 @@ def _labels(labels: torch.Tensor | None, shard: Run, spec: AttentionSpec):
     ]
 
 
+def _pieces(batch: int, overlap: str) -> list[slice]:
+    """The batch rows that are worked on together."""
+    return [slice(row, row + 1) for row in range(batch)] if overlap == "pipelined" else [slice(0, batch)]
+
+
 class _SequenceParallelPiAttention(torch.autograd.Function):
     """One Function around exchange and operator, so that gradients of received rows travel in fp32."""
 
     @staticmethod
     def forward(ctx, q, k, v, gate, labels, spec, plan, group, overlap, functions):
         forward, ctx.backward_function = functions
-        wait = start_exchange(plan, k, v, group)
-        received: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-
-        def arrive() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            if not received:
-                received.append(wait())
-            return received[0]
-
-        if overlap == "none":
-            arrive()
-        out, lse = forward(spec, q, [k], [v], gate, *_labels(labels, plan.shard, spec), arrive)
-        keys, values = arrive()
-        ctx.save_for_backward(q, gate, labels, out, lse, k, *keys, v, *values)
+        pieces = _pieces(q.shape[0], overlap)
+        waits = [start_exchange(plan, k[pieces[0]], v[pieces[0]], group)]
+        outs, lses, received = [], [], []
+        for number, piece in enumerate(pieces):
+            if number + 1 < len(pieces):
+                following = pieces[number + 1]
+                waits.append(start_exchange(plan, k[following], v[following], group))
+            arrive = cache(waits[number])  # its rows are unpacked once, by whoever is first to need them
+            if overlap == "none":
+                arrive()
+            mine = _Piece(piece, gate, labels, spec, plan.shard)
+            out, lse = forward(mine.spec, q[piece], [k[piece]], [v[piece]], *mine.options, arrive)
+            outs.append(out)
+            lses.append(lse)
+            received += [row for rows in arrive() for row in rows]
+        out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
+        ctx.save_for_backward(q, k, v, gate, labels, out, lse, *received)
         ctx.spec, ctx.plan, ctx.group, ctx.overlap = spec, plan, group, overlap
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, gate, labels, out, lse, *rows = ctx.saved_tensors
-        keys, values = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        q, k, v, gate, labels, out, lse, *received = ctx.saved_tensors
+        pieces, others = _pieces(q.shape[0], ctx.overlap), len(ctx.spec.blocks) - 1
+        gradients: list[tuple[torch.Tensor | None, ...]] = []
         finish: list[Callable[[torch.Tensor, torch.Tensor], None]] = []
+        for number, piece in enumerate(pieces):
+            rows = received[2 * others * number : 2 * others * (number + 1)]
+            keys, values = [k[piece], *rows[:others]], [v[piece], *rows[others:]]
 
-        def send_back(dkeys: list[torch.Tensor], dvalues: list[torch.Tensor]) -> None:
-            wait, add_to = start_return(ctx.plan, keys[0], dkeys, dvalues, ctx.group)
-            finish.append(add_to)
-            if ctx.overlap == "none":
-                wait()
+            def send_back(
+                dkeys: list[torch.Tensor], dvalues: list[torch.Tensor], like: torch.Tensor = keys[0]
+            ) -> None:
+                wait, add_to = start_return(ctx.plan, like, dkeys, dvalues, ctx.group)
+                finish.append(add_to)
+                if ctx.overlap == "none":
+                    wait()
 
-        dq, dk, dv, dgate = ctx.backward_function(
-            ctx.spec, q, keys, values, gate, *_labels(labels, ctx.plan.shard, ctx.spec), out, lse, dout,
-            send_back,
-        )  # fmt: skip
-        finish[0](dk, dv)
+            mine = _Piece(piece, gate, labels, ctx.spec, ctx.plan.shard)
+            tensors = (q[piece], keys, values, *mine.options, out[piece], lse[piece], dout[piece])
+            gradients.append(ctx.backward_function(mine.spec, *tensors, send_back))
+            if number > 0:  # those of the piece before have travelled meanwhile
+                finish[number - 1](*gradients[number - 1][1:3])
+        finish[-1](*gradients[-1][1:3])
+        dq, dk, dv, dgate = (
+            None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x)
+            for x in zip(*gradients, strict=True)
+        )
         dgate = None if dgate is None else dgate.to(gate.dtype)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dgate, *[None] * 6
+
+
+class _Piece:
+    """What a call on some batch rows takes beside q, k and v."""
+
+    def __init__(
+        self,
+        rows: slice,
+        gate: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        spec: AttentionSpec,
+        shard: Run,
+    ) -> None:
+        self.spec = replace(spec, row_start=spec.row_start + rows.start)
+        gate, labels = (None if x is None else x[rows] for x in (gate, labels))
+        self.options = gate, *_labels(labels, shard, spec)

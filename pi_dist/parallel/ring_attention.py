@@ -123,24 +123,27 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, labels, out, lse = ctx.saved_tensors
         ring, scale = _Ring(ctx.group), q.shape[3] ** -0.5
         held, dtype = torch.stack([k, v]) if ring.size > 1 else (k, v), accumulate_dtype(q.dtype)
-        dheld = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        dheld = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
+        returning: list[dist.Work] = []  # gradients on their way here, for the keys that are held now
         for step in range(ring.size):
             source = (ring.rank - step) % ring.size
             arriving, works = ring.start(held) if step + 1 < ring.size else (None, [])
             do = _step(labels, q.shape[1], ring.rank, source, scale, ctx.balanced)
+            part = None
             if do is not None:
                 mine = (x[:, do.queries] for x in (q, out, lse, dout))
                 q_rows, out_rows, lse_rows, dout_rows = mine
                 k_rows, v_rows = (x[:, do.keys] for x in held)
                 part = exact_attention_bwd(do.block, q_rows, k_rows, v_rows, out_rows, lse_rows, dout_rows)
+            _wait(returning)
+            if part is not None:
                 places = (dq[:, do.queries], *(x[:, do.keys] for x in dheld))
                 for total, gradient in zip(places, part, strict=True):
                     total += gradient
             _wait(works)
             held = arriving
-            if ring.size > 1:  # the last step brings them home
-                darriving, works = ring.start(dheld)
-                _wait(works)
-                dheld = darriving
+            if ring.size > 1:  # to the rank that holds these keys next; after the last step, to their owner
+                dheld, returning = ring.start(dheld)
+        _wait(returning)
         return dq.to(q.dtype), dheld[0].to(k.dtype), dheld[1].to(v.dtype), None, None, None
