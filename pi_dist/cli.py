@@ -318,11 +318,13 @@ def _doctor(arguments: Namespace) -> int:
 
 def _bench_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Measure on this GPU. kernel: the operator beside its floor and other kernels. "
-        "blocks: tile sizes of the kernels, written to the table that they are read from.",
+        description="Measure on this machine. kernel: the operator beside its floor and other kernels. "
+        "blocks: tile sizes of the kernels, written to the table that they are read from. "
+        "sp: training steps of every method on the ranks of the launcher "
+        "(torchrun --nproc-per-node 2 -m pi_dist bench sp ...), and with one rank their baseline.",
         exit_on_error=False,
     )
-    parser.add_argument("what", type=Literal["kernel", "blocks"], help="what to measure")
+    parser.add_argument("what", type=Literal["kernel", "blocks", "sp"], help="what to measure")
     parser.add_argument(
         "--json",
         type=str | None,
@@ -333,10 +335,34 @@ def _bench_parser() -> ArgumentParser:
         "--head-dim", type=int, default=64, help="blocks: the head_dim to choose tile sizes for"
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="kernel: stop after so long; run again to go on"
+        "--minutes", type=float, default=8.0, help="kernel, sp: stop after so long; run again to go on"
     )
     parser.add_argument(
-        "--plot", type=str | None, default=None, help="kernel: draw the record there (.svg, .png)"
+        "--plot",
+        type=str | None,
+        default=None,
+        help="kernel: draw the record there; sp: what ran when, of --trace (.svg, .png)",
+    )
+    parser.add_argument(
+        "--presets", type=list[str], default=["small", "medium"], help="sp: sizes of the model"
+    )
+    parser.add_argument(
+        "--contexts",
+        type=list[int],
+        default=[32768, 65536, 131072, 262144, 1048576],
+        help="sp: tokens of a sequence, over all ranks",
+    )
+    parser.add_argument(
+        "--methods",
+        type=list[str],
+        default=["pi", "window", "ring", "ulysses", "dense"],
+        help="sp: which methods; dense runs on one rank, ring and ulysses on several",
+    )
+    parser.add_argument(
+        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp: as parallel.device"
+    )
+    parser.add_argument(
+        "--trace", type=str | None, default=None, help="sp: write the kernels of the last step there (JSON)"
     )
     return parser
 
@@ -348,7 +374,28 @@ def _bench(arguments: Namespace) -> int:
         tune(arguments.head_dim, arguments.json)
         return 0
     if arguments.json is None:
-        raise ConfigError("bench kernel: --json FILE is needed; the record is written there case by case")
+        raise ConfigError(
+            f"bench {arguments.what}: --json FILE is needed; the record is written there row by row"
+        )
+    if arguments.what == "sp":
+        if arguments.plot is not None and arguments.trace is None:
+            raise ConfigError("bench sp: --plot FILE needs --trace FILE, which it draws")
+        from pi_dist.measure.sp_bench import bench as bench_sp
+
+        complete = bench_sp(
+            arguments.json,
+            arguments.presets,
+            arguments.contexts,
+            arguments.methods,
+            minutes=arguments.minutes,
+            device=arguments.device,
+            trace=arguments.trace,
+        )
+        if arguments.plot is not None and int(os.environ.get("RANK", "0")) == 0:
+            from pi_dist.measure.figures import draw_timeline
+
+            draw_timeline(arguments.trace, arguments.plot)
+        return 0 if complete else 3
     from pi_dist.measure.kernel_bench import bench
 
     complete = bench(arguments.json, arguments.minutes)

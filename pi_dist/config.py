@@ -95,6 +95,14 @@ class ModelConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
+PRESETS = {  # Table I of the paper, and one that a CPU trains
+    "tiny": ModelConfig(num_layers=2, hidden_size=64, num_heads=4, vocab_size=512),
+    "small": ModelConfig(num_layers=12, hidden_size=768, num_heads=12),
+    "medium": ModelConfig(num_layers=24, hidden_size=1024, num_heads=16),
+    "large": ModelConfig(num_layers=32, hidden_size=1280, num_heads=20),
+}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Prepared shards (see `pi-dist prepare`) and how sequences are made of them."""

@@ -171,7 +171,7 @@ def _requirements() -> list[Requirement]:
 
 def test_every_library_imported_is_declared():
     declared = {canonicalize_name(requirement.name) for requirement in _requirements()}
-    declared |= {"pi_dist", "yaml"}  # the import name of pyyaml
+    declared |= {"pi_dist", "yaml", "cudnn"}  # import names of pyyaml and nvidia-cudnn-frontend
     for path, names in _imports_by_file().items():
         foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - declared
         assert not foreign, f"{path} imports {sorted(foreign)}, which pyproject.toml does not declare"

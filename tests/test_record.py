@@ -34,7 +34,9 @@ def test_a_record_says_how_it_was_made(name):
         for row in record["rows"]:
             assert set(row) >= KERNEL_ROW
             assert row["times_floor"] == pytest.approx(row["ms"] / row["floor_ms"], rel=1e-2)
-            assert row["copy_share"] == pytest.approx(row["bytes"] / copy / row["ms"] * 1e3, rel=1e-2)
+            assert row["copy_share"] == pytest.approx(
+                row["bytes"] / copy / row["ms"] * 1e3, rel=1e-2, abs=1e-4
+            )
         return
     for row in record["rows"]:
         assert set(row) >= STEP_ROW
@@ -44,7 +46,8 @@ def test_a_record_says_how_it_was_made(name):
 
 @pytest.mark.parametrize("name", kept_records())
 def test_the_readme_shows_the_record(name):
-    assert markdown_table(kept_records()[name]) in (ROOT / "README.md").read_text()
+    for table in markdown_table(kept_records()[name]).split("\n\n"):
+        assert table in (ROOT / "README.md").read_text()
 
 
 def test_a_written_record_reads_back_the_same(tmp_path):

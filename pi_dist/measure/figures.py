@@ -309,6 +309,43 @@ def _draw_times(axes: Axes, rows: list[dict]) -> None:
     axes.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 
 
+def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
+    """One layer's worth of a step as `pi-dist bench sp --trace` wrote it: what ran while rows travelled."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    content = json.loads(Path(trace).read_text())
+    lanes = {"compute": "compute", "exchange": "rows travel", "collective": "ZeRO"}
+    exchanges = [(start, stop) for _, kind, start, stop in content["kernels"] if kind == "exchange"]
+    if not exchanges:
+        raise ValueError(f"{trace}: exchanges ({len(exchanges)}) >= 1 does not hold")
+    middle, width = exchanges[len(exchanges) // 2][0], max(500.0, 6 * max(b - a for a, b in exchanges))  # µs
+    begin, end = middle - width / 2, middle + width / 2
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(9, 1.9), layout="constrained")
+        for lane, kind in enumerate(lanes):
+            bars = [
+                (max(start, begin), min(stop, end))
+                for _, of, start, stop in content["kernels"]
+                if of == kind and stop > begin and start < end
+            ]
+            spans = [((start - begin) / 1e3, (stop - start) / 1e3) for start, stop in bars]
+            axes.broken_barh(spans, (-lane - 0.35, 0.7), color=_RANK_COLOURS[lane], linewidth=0)
+        axes.set_yticks([-lane for lane in range(len(lanes))], lanes.values())
+        axes.set_xlim(0, width / 1e3)
+        axes.set_xlabel("ms")
+        row = content["row"]
+        axes.set_title(
+            f"{row['tokens']:,} tokens on {row['world_size']} GPUs, {row['overlap']}, {row['exchange']}: "
+            f"{row['exposed_share']:.1%} of the step is exchange that nothing covers",
+            **_HEADING,
+        )
+        _save(figure, path)
+        plt.close(figure)
+
+
 def main(arguments: list[str]) -> int:
     """Write both figures into the one directory that is named."""
     if len(arguments) != 1:

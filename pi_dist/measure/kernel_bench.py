@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -10,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pi_dist.config import UserError
 from pi_dist.measure.kernel_peers import FLEX, peers
-from pi_dist.measure.record import device_name, versions, write
+from pi_dist.measure.record import resume, write
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run
 
@@ -207,7 +205,8 @@ def bench(path: str, minutes: float = 8.0) -> bool:
     if not torch.cuda.is_available():
         raise UserError("bench kernel: torch.cuda.is_available() does not hold; kernels are timed on a GPU")
     started = time.monotonic()
-    record = _open(path)
+    settings = {"dtype": "bfloat16", "total_tokens": TOTAL_TOKENS, "gate": True, "logit_cap": 20.0}
+    record = resume(path, settings)
     jobs = _jobs(record)
     ours = {replace(case, tokens=16384) for measure, case in jobs if measure is _measure}
     compile_all(sorted(ours, key=str), _warm_up)
@@ -230,25 +229,6 @@ def bench(path: str, minutes: float = 8.0) -> bool:
 def _identity(row: dict[str, Any]) -> tuple[str, str, Case]:
     case = Case(row["head_dim"], row["tokens"], row["window"], row["num_skips"], row["strides"] == "per_head")
     return row["method"], row["direction"], case
-
-
-def _open(path: str) -> dict[str, Any]:
-    fresh = {
-        "command": "pi-dist " + " ".join(sys.argv[1:]),
-        "device": device_name(),
-        "versions": versions(),
-        "settings": {"dtype": "bfloat16", "total_tokens": TOTAL_TOKENS, "gate": True, "logit_cap": 20.0},
-        "rows": [],
-    }
-    if not Path(path).exists():
-        return fresh
-    record = json.loads(Path(path).read_text())
-    for key in ("device", "versions"):
-        if record.get(key) != fresh[key]:
-            raise UserError(
-                f"{path}: {key} of the record ({record.get(key)}) == here ({fresh[key]}) does not hold"
-            )
-    return record
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -78,8 +78,11 @@ def _flash_window(
 def _cudnn_window(
     window: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """cuDNN through its frontend (`pip install nvidia-cudnn-frontend`), which SDPA gives no window."""
-    import cudnn
+    """cuDNN through its frontend, since SDPA gives it no window."""
+    try:
+        import cudnn
+    except ImportError as error:
+        raise ImportError("cuDNN's frontend is missing: bash launch/install.sh bench") from error
 
     q, k, v, dout = (x.detach().contiguous().transpose(1, 2) for x in (q, k, v, dout))  # [B, H, T, D]
     band = {

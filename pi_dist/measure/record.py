@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pi_dist.config import Config
+from pi_dist.config import Config, UserError
 from pi_dist.measure.reach import report
 from pi_dist.model.flops import training_flops_per_token
 from pi_dist.training.trainer import Outcome
@@ -29,25 +29,26 @@ def device_name() -> str:
     return f"cpu ({platform.machine()})"
 
 
-def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
-    """The record of one training run.
+def step_row(config: Config, world_size: int, seconds: float, num_parameters: int | None) -> dict:
+    """What every row about training steps has.
 
-    Times (ms) are medians without the first steps (five, or half of a short run). Memory is rank 0's peak, in
-    MiB. mfu is a share of the data sheet's dense bf16 rate, null where that is not known. The run must have
-    made a step.
+    Memory is this rank's peak since the statistics were last reset, in MiB. mfu is a share of the data
+    sheet's dense bf16 rate, null where that is not known. seconds: of one optimizer step.
     """
-    t = config.training
-    seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
+    t, model = config.training, config.model
     tokens = t.context * t.batch_size
     peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
-    flops = training_flops_per_token(config.model, t.context) * tokens
-    reach = report(config.model, t.context)
+    flops = training_flops_per_token(model, t.context) * tokens
+    reach = report(model, t.context)
     cuda = torch.cuda.is_available() and config.parallel.device != "cpu"
-    row = {
-        "method": "+".join(dict.fromkeys(config.model.methods)),
-        "num_layers": config.model.num_layers,
-        "hidden_size": config.model.hidden_size,
-        "num_parameters": outcome.num_parameters,
+    return {
+        "method": "+".join(dict.fromkeys(model.methods)),
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_parameters": num_parameters,
+        "window": model.window,
+        "stride": model.stride,
+        "num_skips": model.num_skips,
         "tokens": t.context,
         "batch": t.batch_size,
         "sp_degree": config.parallel.sp_degree,
@@ -62,12 +63,23 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
         "mfu": round(flops / seconds / world_size / peak, 4) if peak and t.precision == "bf16" else None,
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
         "reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None,
+        "reach": min(reach.reach, t.context - 1),
+        "covered_share": reach.covered_share,
+        "measured": True,
+    }
+
+
+def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
+    """The record of one training run; the step's time is the median without the first steps.
+
+    Those are five, or half of a short run. The run must have made a step.
+    """
+    t = config.training
+    seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
+    row = step_row(config, world_size, seconds, outcome.num_parameters) | {
         "first_loss": outcome.losses[0],
         "last_loss": outcome.losses[-1],
         "heldout_loss": outcome.heldout_loss,
-        "reach": reach.reach,
-        "covered_share": reach.covered_share,
-        "measured": True,
     }
     return {
         "command": " ".join(["pi-dist", *sys.argv[1:]]),
@@ -91,6 +103,30 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def resume(path: str, settings: dict) -> dict:
+    """The record at `path`, to go on with, or a fresh one with these settings.
+
+    Raises:
+        UserError: it is a record of another device or of other versions.
+    """
+    fresh = {
+        "command": "pi-dist " + " ".join(sys.argv[1:]),
+        "device": device_name(),
+        "versions": versions(),
+        "settings": settings,
+        "rows": [],
+    }
+    if not Path(path).exists():
+        return fresh
+    record = json.loads(Path(path).read_text())
+    for key in ("device", "versions"):
+        if record.get(key) != fresh[key]:
+            raise UserError(
+                f"{path}: {key} of the record ({record.get(key)}) == here ({fresh[key]}) does not hold"
+            )
+    return record
 
 
 def write(record: dict, path: str) -> None:

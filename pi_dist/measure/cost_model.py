@@ -1,0 +1,70 @@
+"""What methods send, in closed form: eq. (8) for any window, stride and number of skips, and its peers.
+
+Independent of `exchange_plan`, whose counts it is compared with.
+"""
+
+from __future__ import annotations
+
+from pi_dist.config import Config
+from pi_dist.ops.pattern import PiPattern, layer_patterns
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def rows_received(window: int, stride: int, num_skips: int, start: int, length: int) -> int:
+    """Rows before its shard [start, start + length) that the shard's queries see, causal, of one stride.
+
+    `max(k, Mπ)` for π <= m, clipped to the sequence; beyond, M runs of m rows, and what of the window's halo
+    lies outside them.
+    """
+    skips = [m * stride for m in range(1, num_skips + 1) if m * stride > window]
+    if stride <= length or not skips:
+        return min(start, max(window, *skips, 0))
+    halo, total = max(0, start - window), min(start, window)
+    for offset in skips:
+        first, last = max(0, start - offset), max(0, start - offset + length)
+        total += last - first - max(0, min(last, start) - max(first, halo))
+    return total
+
+
+def _pi_bytes(config: Config, pattern: PiPattern, num_ranks: int, element: int) -> int:
+    """Of all ranks, one way."""
+    model, length = config.model, config.training.context // num_ranks
+    rows = 0
+    for group in pattern.head_groups(model.num_heads, model.kv_heads):
+        (stride,) = set(group.strides)  # several in one group have no closed form here
+        for rank in range(num_ranks):
+            here = rows_received(pattern.window, stride, pattern.num_skips, rank * length, length)
+            rows += here * len(group.kv_heads)
+    return 2 * model.head_dim * rows * element
+
+
+def exchanged_bytes(config: Config, layer: int) -> float:
+    """Bytes that a rank sends for one layer in one optimizer step of one replica, mean over its ranks.
+
+    Forward (again where activations are recomputed) and backward. Segment ids, which travel once for all
+    layers, and ZeRO's traffic are not among them.
+
+    - pi, window: K and V of `rows_received` forward, their gradients in fp32 backward.
+    - ring: K and V in P-1 steps forward and again backward, where their fp32 gradients make P steps.
+    - ulysses: a (P-1)/P share of q, k, v and out forward, and of their gradients backward.
+
+    Raises:
+        ValueError: the query heads of a key/value head have several strides.
+    """
+    model, training, ranks = config.model, config.training, config.parallel.sp_degree
+    element, length = BYTES[training.precision], training.context // ranks
+    forwards = 2 if training.activation_checkpointing else 1
+    method, kv = model.methods[layer], model.kv_heads * model.head_dim
+    if ranks == 1:
+        total = 0.0
+    elif method == "ring":
+        total = 2 * length * kv * ((ranks - 1) * (forwards + 1) * element + ranks * 4)
+    elif method == "ulysses":
+        total = 2 * (model.hidden_size + kv) * length * (ranks - 1) / ranks * (forwards + 1) * element
+    else:
+        pattern = layer_patterns(model, training.context)[layer]
+        total = (
+            _pi_bytes(config, pattern, ranks, element * forwards) + _pi_bytes(config, pattern, ranks, 4)
+        ) / ranks
+    return total * training.batch_size

@@ -1,0 +1,347 @@
+"""`pi-dist bench sp`: whole training steps of every method on the ranks of the launcher, beside each other.
+
+The same model, engine, recomputation and ZeRO stage for all; random tokens. A record is resumed, also with
+another number of ranks: rows with one rank are the baseline of weak and strong scaling.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pi_dist.config import (
+    EXACT_METHODS,
+    PRESETS,
+    Config,
+    ConfigError,
+    Method,
+    Overlap,
+    ParallelConfig,
+    TrainingConfig,
+    UserError,
+    check,
+)
+from pi_dist.data.loader import Batch
+from pi_dist.measure.cost_model import exchanged_bytes
+from pi_dist.measure.record import resume, step_row, write
+from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms, kernels_of
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.exchange_plan import shard_starts
+from pi_dist.parallel.mesh import Mesh, make_mesh
+from pi_dist.parallel.process_group import start, world_size_from_launcher
+from pi_dist.training.deepspeed_engine import Engine
+from pi_dist.training.evaluate import summed_loss
+
+CONTEXTS = (32768, 65536, 131072, 262144, 1048576)
+METHODS: tuple[Method, ...] = ("pi", "window", "ring", "ulysses", "dense")
+PAPER = {"window": 4, "stride": 16, "num_skips": 1}  # the pattern of the paper
+WIDE = {"window": 64, "stride": 65, "num_skips": 16}  # that of the shipped configurations, in every layer
+MODES_AT = (32768, 131072)  # contexts at which every form of the exchange is timed
+SLOWEST_MS = 60_000.0  # a step expected to be slower is predicted
+TIMED_STEPS = 5
+VOCABULARY = 50304  # where the preset names none
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one engine is built for; it runs at several contexts."""
+
+    preset: str
+    method: Method
+    window: int
+    stride: int
+    num_skips: int
+    overlap: Overlap = "interior"
+    exchange: str = "ring_all_to_all"
+    batch: int = 1
+
+    def config(self, tokens: int, num_ranks: int, device: str, precision: str) -> Config:
+        """The run's configuration at a context; raises ConfigError if it cannot be split so."""
+        pattern = {"window": self.window, "stride": self.stride, "num_skips": self.num_skips}
+        preset = PRESETS[self.preset]
+        vocab_size = preset.vocab_size or VOCABULARY
+        model = replace(preset, method=self.method, vocab_size=vocab_size, **pattern)
+        config = Config(
+            model=model,
+            parallel=ParallelConfig(
+                sp_degree=num_ranks, overlap=self.overlap, exchange=self.exchange, device=device, zero_stage=1
+            ),
+            training=TrainingConfig(
+                context=tokens,
+                batch_size=self.batch,
+                micro_batch_size=self.batch,
+                precision=precision,
+                activation_checkpointing=True,
+            ),
+        )
+        check(config, num_ranks)
+        return config
+
+
+def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterator[tuple[Setup, bool]]:
+    """(setup, whether it is run at every context, or only at those of MODES_AT)."""
+    for preset in presets:
+        for method in methods:
+            if method == "pi":
+                yield Setup(preset, method, **PAPER), True
+                yield Setup(preset, method, **WIDE), True
+                if num_ranks > 1 and preset == presets[0]:
+                    for exchange in ("ring_all_to_all", "all_to_all"):
+                        for overlap in ("none", "interior", "pipelined"):
+                            batch = 2 if overlap == "pipelined" else 1
+                            mode = Setup(
+                                preset, method, **WIDE, overlap=overlap, exchange=exchange, batch=batch
+                            )
+                            yield mode, False
+                    yield Setup(preset, method, **WIDE, batch=2), False  # what pipelined is compared with
+            elif (method == "dense") == (num_ranks == 1):  # ring and ulysses are dense on one rank
+                yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
+
+
+def random_batch(config: Config, mesh: Mesh) -> Batch:
+    """This rank's tokens of sequences of random tokens, of one document."""
+    t, generator = config.training, torch.Generator().manual_seed(mesh.sp_rank)
+    shape = (t.micro_batch_size, t.context // mesh.sp_degree)
+    tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
+    starts = shard_starts(t.context, mesh.sp_degree, mesh.sp_rank, config.balanced)
+    return Batch(tokens, labels, torch.zeros(shape, dtype=torch.int32), starts=starts, row_start=0)
+
+
+class _Steps:
+    """Steps of one setup at one context."""
+
+    def __init__(self, engine: Engine, mesh: Mesh, config: Config) -> None:
+        self.engine, self.mesh, self.config = engine, mesh, config
+        self.batch = random_batch(config, mesh)
+        self.valid = torch.tensor(
+            float(config.training.context * config.training.batch_size), device=mesh.device
+        )
+
+    def one(self) -> None:
+        loss_sum = summed_loss(self.engine, self.mesh, self.batch, self.config.parallel, seed=0)
+        self.engine.backward(loss_sum, self.valid)
+        self.engine.step(0)
+
+    def timed(self) -> float:
+        """Seconds of one step, of the slowest rank."""
+        self._wait()
+        dist.barrier()
+        began = time.perf_counter()
+        self.one()
+        self._wait()
+        seconds = torch.tensor(time.perf_counter() - began, device=self.mesh.device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        return seconds.item()
+
+    def _wait(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(
+    engine: Engine, mesh: Mesh, config: Config, model: PiTransformer
+) -> tuple[dict[str, Any], list[Kernel]]:
+    """(a row of the record, the kernels of a step on this GPU), after two steps that compile and warm up."""
+    cuda, steps = mesh.device.type == "cuda", _Steps(engine, mesh, config)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    steps.timed()
+    first = steps.timed()
+    seconds = median(steps.timed() for _ in range(TIMED_STEPS)) if first < SLOWEST_MS / 6e3 else first
+    with counted_bytes() as sent:
+        steps.one()
+    layers, ranks = config.model.num_layers, mesh.sp_degree
+    total = torch.tensor(float(sum(sent)), dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(total)
+    kernels = kernels_of(steps.one) if cuda else []
+    row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
+        "bytes_sent": round(total.item() / ranks / layers),
+        "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
+        "fits": True,
+    }
+    for kind, name in (("exchange", "exposed"), ("collective", "zero_exposed")):
+        ms, exposed = exposed_ms(kernels, kind) if cuda else (None, None)
+        row |= {
+            f"{kind}_ms": ms and round(ms, 3),
+            f"{name}_ms": exposed if exposed is None else round(exposed, 3),
+        }
+    row["exposed_share"] = round(row["exposed_ms"] / row["ms"], 4) if cuda else None
+    return row, kernels
+
+
+def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | None:
+    """Time and memory of an exact method beyond its last two measured contexts: a·n + b·n², and a + b·n."""
+    known = [row for row in rows if row["measured"] and row["fits"]][-2:]
+    if len(known) < 2:
+        return None
+    (n1, t1), (n2, t2) = ((row["tokens"], row["ms"]) for row in known)
+    quadratic = max(0.0, (t2 / n2 - t1 / n1) / (n2 - n1))
+    found = {"ms": round((t2 / n2 - quadratic * n2) * tokens + quadratic * tokens**2, 1)}
+    for key in ("peak_mib", "reserved_mib"):
+        if known[0][key] is not None:
+            slope = (known[1][key] - known[0][key]) / (n2 - n1)
+            found[key] = round(known[1][key] + slope * (tokens - n2), 1)
+    return found
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("preset", "method", "window", "stride", "num_skips", "overlap", "exchange", "batch", "tokens")
+    return *(row[key] for key in keys), row["world_size"]
+
+
+class _Record:
+    """The record on rank 0; every rank knows its rows."""
+
+    def __init__(self, path: str, mesh: Mesh, precision: str) -> None:
+        self.path, self.writes = path, mesh.rank == 0
+        found: list[Any] = [None]
+        if self.writes:
+            found = [self._open(precision)]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        self.content: dict[str, Any] = found[0]
+
+    def _open(self, precision: str) -> dict[str, Any] | UserError:
+        settings = {"precision": precision, "activation_checkpointing": True, "data": "random tokens"}
+        try:
+            return resume(self.path, settings | {"attempting": None})
+        except UserError as error:  # every rank raises it
+            return error
+
+    def of(self, setup: Setup, world_size: int) -> list[dict[str, Any]]:
+        """The rows of a setup on so many ranks, by context."""
+        wanted = _identity(vars(setup) | {"tokens": 0, "world_size": world_size})[:-2]
+        rows = self.content["rows"]
+        mine = (row for row in rows if _identity(row)[:-2] == wanted and row["world_size"] == world_size)
+        return sorted(mine, key=lambda row: row["tokens"])
+
+    def attempt(self, what: list[Any] | None) -> None:
+        """Note what is about to run: if it takes the process with it, it is not tried again."""
+        self.content["settings"]["attempting"] = what
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.content["rows"].append(row)
+        self.attempt(None)
+        if self.writes:
+            print(_line(row), flush=True)
+
+    def _write(self) -> None:
+        if self.writes:
+            write(self.content, self.path)
+
+
+def bench(
+    path: str,
+    presets: list[str],
+    contexts: list[int],
+    methods: list[Method],
+    *,
+    minutes: float = 8.0,
+    device: str = "auto",
+    trace: str | None = None,
+) -> bool:
+    """Measure what the record at `path` lacks, for about so many minutes; True if all is there.
+
+    Every rank of the launcher calls it. trace: where rank 0 writes the kernels of the last setup's step.
+
+    Raises:
+        UserError: an unknown preset or method, or a record of another device or of other versions.
+    """
+    for name, given, known in (("presets", presets, tuple(PRESETS)), ("methods", methods, METHODS)):
+        if not set(given) <= set(known):
+            raise UserError(f"bench sp: {name} ({', '.join(given)}) in {known} does not hold")
+    began, ranks = time.monotonic(), world_size_from_launcher()
+    mesh = make_mesh(ranks, start(device, 180.0))
+    precision = "bf16" if mesh.device.type == "cuda" else "fp32"
+    record = _Record(path, mesh, precision)
+    complete = True
+    for setup, everywhere in setups(presets, methods, ranks):
+        wanted = [n for n in sorted(contexts) if everywhere or n in MODES_AT or n == min(contexts)]
+        done = {row["tokens"] for row in record.of(setup, ranks)}
+        left = [n for n in wanted if n not in done]
+        if not left:
+            continue
+        if _agreed(time.monotonic() - began > 60 * minutes):
+            complete = False
+            break
+        _run(setup, left, mesh, record, device, precision, trace)
+    if mesh.rank == 0:
+        print(
+            f"{len(record.content['rows'])} rows in {path}" + ("" if complete else "; run it again to go on")
+        )
+    return complete
+
+
+def _agreed(here: bool) -> bool:
+    """What rank 0 finds."""
+    answer = [here]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _run(
+    setup: Setup,
+    contexts: list[int],
+    mesh: Mesh,
+    record: _Record,
+    device: str,
+    precision: str,
+    trace: str | None,
+) -> None:
+    """Rows of one setup at these contexts, ascending."""
+    engine = model = None
+    for tokens in contexts:
+        empty = vars(setup) | {"tokens": tokens, "world_size": mesh.world_size, "sp_degree": mesh.sp_degree}
+        empty |= {"ms": None, "measured": False, "fits": True}
+        try:
+            config = setup.config(tokens, mesh.world_size, device, precision)
+        except ConfigError as reason:
+            record.add(empty | {"note": str(reason)})
+            continue
+        rows = record.of(setup, mesh.world_size)
+        what = [*vars(setup).values(), tokens, mesh.world_size]
+        guess = predicted(rows, tokens) if setup.method in EXACT_METHODS else None
+        if any(not row["fits"] for row in rows) or record.content["settings"]["attempting"] == what:
+            record.add(empty | {"fits": False, "note": "out of memory"})
+        elif guess is not None and guess["ms"] > SLOWEST_MS:
+            shape = step_row(
+                config, mesh.world_size, guess["ms"] / 1e3, model.num_parameters() if model else None
+            )
+            record.add(shape | {"preset": setup.preset, "fits": True} | guess | {"measured": False})
+        else:
+            record.attempt(what)
+            try:
+                if engine is None:
+                    model = PiTransformer(config.model, tokens, activation_checkpointing=True)
+                    engine = Engine(model, config, mesh)
+                row, kernels = measure(engine, mesh, config, model)
+            except torch.OutOfMemoryError:
+                record.add(empty | {"fits": False, "measured": True, "note": "out of memory"})
+                continue
+            record.add({"preset": setup.preset} | row)
+            if trace is not None and mesh.rank == 0:
+                content = {"row": row, "kernels": [list(kernel) for kernel in kernels]}
+                Path(trace).write_text(json.dumps(content))
+
+
+def _line(row: dict[str, Any]) -> str:
+    what = f"{row['preset']:<7} {row['method']:<8} k {row['window']:<3} M {row['num_skips']:<2} "
+    what += f"{row['overlap']:<9} {row['exchange']:<15} B {row['batch']} n {row['tokens']:>9,} "
+    what += f"P {row['world_size']}"
+    if row["ms"] is None:
+        return f"{what}  {row['note']}"
+    memory = "" if row.get("peak_mib") is None else f", {row['peak_mib']:,.0f} MiB"
+    exposed = row.get("exposed_share")
+    share = "" if exposed is None else f", exposed {exposed:.2%}"
+    return f"{what} {row['ms']:10.1f} ms{'' if row['measured'] else ' (predicted)'}{memory}{share}"

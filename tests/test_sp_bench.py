@@ -1,0 +1,159 @@
+"""The benchmark of sequence parallelism: real ranks, counted bytes equal to closed forms, records."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import Ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from test_key_exchange import rows_by_brute_force
+
+from pi_dist.config import UserError
+from pi_dist.measure import sp_bench
+from pi_dist.measure.cost_model import exchanged_bytes, rows_received
+from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms
+from pi_dist.ops import PiPattern
+
+
+@given(st.integers(0, 40), st.integers(1, 30), st.integers(0, 5), st.integers(1, 12), st.integers(0, 5))
+def test_rows_received_equal_those_of_the_definition(window, stride, num_skips, length, rank):
+    shard = (rank * length, (rank + 1) * length)
+    pattern = PiPattern(window, stride, num_skips=num_skips)
+    halo, skip = rows_by_brute_force(pattern, [stride], shard, shard[1])
+    assert rows_received(window, stride, num_skips, shard[0], length) == len(halo | skip)
+
+
+def test_equation_8_is_a_case_of_the_closed_form():
+    """`4·B·H_kv·head_dim·π` bytes in bf16 at M = 1, of an interior rank, one way."""
+    assert rows_received(4, 16, 1, 1024, 512) == 16
+    assert rows_received(4, 16, 3, 1024, 512) == 48
+
+
+def run_bench(path, contexts, methods, **options):
+    complete = sp_bench.bench(path, ["tiny"], contexts, methods, device="cpu", **options)
+    return complete, dist.get_rank()
+
+
+def rows_of(path):
+    return json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """A record of two ranks."""
+    path = tmp_path_factory.mktemp("bench") / "sp.json"
+    with Ranks(2) as ranks:
+        methods = ["pi", "window", "ring", "ulysses", "dense"]
+        assert ranks.run(run_bench, str(path), [128, 256], methods) == [(True, 0), (True, 1)]
+    return path
+
+
+def test_every_method_and_mode_is_measured_and_sends_what_its_formula_says(record):
+    rows = rows_of(record)
+    assert {row["method"] for row in rows} == {"pi", "window", "ring", "ulysses"}  # dense takes one rank
+    modes = {(row["overlap"], row["exchange"]) for row in rows}
+    assert modes == {
+        (overlap, exchange)
+        for overlap in ("none", "interior", "pipelined")
+        for exchange in ("ring_all_to_all", "all_to_all")
+    }
+    for row in rows:
+        assert row["measured"] and row["fits"] and row["ms"] > 0
+        assert row["bytes_sent"] == row["bytes_formula"] > 0, row
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] * row["batch"] / row["ms"] * 1e3, rel=1e-2)
+        assert row["reach"] >= 0 and 0 <= row["covered_share"] <= 1
+    assert {row["reach"] for row in rows if row["method"] == "ring"} == {127, 255}
+
+
+def test_a_record_is_resumed_and_takes_the_baseline_of_one_rank(record):
+    before = rows_of(record)
+    with Ranks(2) as ranks:
+        ranks.run(run_bench, str(record), [128, 256], ["pi", "ring"])
+    assert rows_of(record) == before
+    with Ranks(1) as ranks:
+        ranks.run(run_bench, str(record), [128], ["window", "dense"])
+    added = rows_of(record)[len(before) :]
+    assert [(row["method"], row["world_size"], row["bytes_sent"]) for row in added] == [("dense", 1, 0)]
+
+
+def test_what_cannot_be_split_or_did_not_fit_is_a_row_in_words(tmp_path):
+    path = tmp_path / "sp.json"
+    with Ranks(2) as ranks:
+        ranks.run(run_bench, str(path), [65], ["ulysses"])
+        (row,) = rows_of(path)
+        assert row["ms"] is None and "(65) % sp_degree (2) == 0 does not hold" in row["note"]
+        record = json.loads(path.read_text())
+        attempted = sp_bench.Setup("tiny", "ulysses", 4, 16, 0)
+        record["settings"]["attempting"] = [*vars(attempted).values(), 64, 2]  # as if it had ended the job
+        path.write_text(json.dumps(record))
+        ranks.run(run_bench, str(path), [64, 128], ["ulysses"])
+    assert [(row["tokens"], row["fits"]) for row in rows_of(path)] == [(65, True), (64, False), (128, False)]
+
+
+def refused(path, presets):
+    with pytest.raises(UserError, match=r"presets \(huge\) in .* does not hold"):
+        sp_bench.bench(path, presets, [64], ["pi"], device="cpu")
+
+
+def test_an_unknown_preset_is_refused(tmp_path, ranks):
+    ranks(2).run(refused, str(tmp_path / "sp.json"), ["huge"])
+
+
+def test_prediction_beyond_a_minute_a_step_goes_through_the_last_two_measurements():
+    def row(tokens, ms, peak):
+        return {
+            "tokens": tokens,
+            "ms": ms,
+            "peak_mib": peak,
+            "reserved_mib": None,
+            "measured": True,
+            "fits": True,
+        }
+
+    rows = [row(10, 7.0, 1.0), row(100, 2 * 100 + 3 * 100**2, 30.0), row(200, 2 * 200 + 3 * 200**2, 50.0)]
+    found = sp_bench.predicted(rows, 1000)
+    assert found["ms"] == pytest.approx(2 * 1000 + 3 * 1000**2) and found["peak_mib"] == pytest.approx(210)
+    assert sp_bench.predicted(rows[:1], 1000) is None
+
+
+def test_exposed_time_is_what_no_compute_kernel_covers():
+    kernels = [
+        Kernel("gemm", "compute", 0, 1000),
+        Kernel("ncclDevKernel_SendRecv", "exchange", 500, 1500),  # 500 µs under gemm
+        Kernel("gemm", "compute", 1400, 1600),  # and 100 under this one
+        Kernel("ncclDevKernel_SendRecv", "exchange", 1450, 1700),  # 200 of its own, half of it covered
+        Kernel("ncclDevKernel_AllReduce", "collective", 3000, 3100),
+    ]
+    assert exposed_ms(kernels, "exchange") == pytest.approx((1.2, 0.5))
+    assert exposed_ms(kernels, "collective") == pytest.approx((0.1, 0.1))
+
+
+def count_on_a_rank():
+    """Bytes to others of an uneven and an even all_to_all_single and of a send."""
+    rank = dist.get_rank()
+    with counted_bytes() as sent:
+        uneven = torch.zeros(5)
+        dist.all_to_all_single(
+            torch.empty(2 if rank == 0 else 8), uneven, [1, 1] if rank == 0 else [4, 4], [1, 4]
+        )
+        dist.all_to_all_single(torch.empty(4, 3), torch.zeros(4, 3))
+        other, buffer = 1 - rank, torch.empty(7)
+        operations = [dist.P2POp(dist.isend, torch.zeros(7), other), dist.P2POp(dist.irecv, buffer, other)]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return sent
+
+
+def test_bytes_to_others_are_counted(ranks):
+    assert ranks(2).run(count_on_a_rank) == [[16, 24, 28], [4, 24, 28]]
+
+
+def test_several_strides_in_a_group_have_no_closed_form():
+    setup = sp_bench.Setup("tiny", "pi", 4, 16, 1)
+    config = setup.config(64, 2, "cpu", "fp32")
+    model = {"num_kv_heads": 1, "schedule": "per_head"}
+    config = config.from_dict(config.to_dict() | {"model": config.to_dict()["model"] | model})
+    with pytest.raises(ValueError):
+        exchanged_bytes(config, 0)
