@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,5 +100,26 @@ def start(device_choice: str, timeout_s: float) -> torch.device:
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
+            **_store_of_this_attempt(timeout_s),
         )
     return device
+
+
+def _store_of_this_attempt(timeout_s: float) -> dict[str, Any]:
+    """Arguments of init_process_group under torchrun: its store, with names of their own for each restart.
+
+    Left to itself, a restarted rank finds the addresses of its predecessors there (PyTorch 2.13).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return {
+        "store": dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }

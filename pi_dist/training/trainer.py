@@ -27,6 +27,7 @@ from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, make_loader, summed_loss
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
+from pi_dist.training.watchdog import COLLECTIVES_LATER_S, Watchdog
 
 
 class TrainingError(UserError):
@@ -104,7 +105,7 @@ def train(config: Config) -> tuple[Config, Outcome]:
     check(config, world_size_from_launcher())
     index, heldout_index = open_splits(config.data)
     config = resolve(config, index.vocab_size)
-    device = start(config.parallel.device, config.parallel.timeout_s)
+    device = start(config.parallel.device, config.parallel.timeout_s + COLLECTIVES_LATER_S)
     check(config, dist.get_world_size())
     data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
     _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions())
@@ -139,9 +140,11 @@ def train(config: Config) -> tuple[Config, Outcome]:
             metrics.say(note)
         if found is not None:
             metrics.say(f"resuming at step {found.step} from {found.path}")
-    run = _Run(config, mesh, engine, loader, heldout_loader, metrics, index, num_parameters)
+    stacks, say = Path(config.run_dir) / "stacks", None if metrics is None else metrics.say
     try:
-        return config, run.loop(first, found)
+        with Watchdog(stacks, config.parallel.timeout_s, say) as watch:
+            run = _Run(config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters)
+            return config, run.loop(first, found)
     finally:
         if metrics is not None:
             metrics.close()
@@ -222,6 +225,7 @@ class _Run:
     loader: SequenceLoader
     heldout_loader: SequenceLoader | None
     metrics: Metrics | None
+    watch: Watchdog
     index: ShardIndex
     num_parameters: int
 
@@ -242,7 +246,9 @@ class _Run:
         try:
             while step < t.steps and stopped_by is None:
                 began = time.perf_counter()
+                self.watch.at(step + 1, "data")
                 done = self._step(step, next(batches), stop)
+                self.watch.at(step + 1, None)
                 seconds.append(time.perf_counter() - began)
                 losses.append(done.loss)
                 stopped_by = done.stopped_by
@@ -263,6 +269,7 @@ class _Run:
 
     def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
         """One optimizer step. Raises TrainingError if its loss or gradient is not finite."""
+        self.watch.at(step + 1, "forward and backward")
         device = self.mesh.device
         valid = sum((batch.labels != IGNORE).sum() for batch in batches).to(device, torch.float64)
         dist.all_reduce(valid)
@@ -274,6 +281,7 @@ class _Run:
             self.engine.backward(loss_sum, valid.to(loss_sum.dtype))
             if number + 1 < len(batches):
                 self.engine.step(step)
+        self.watch.at(step + 1, "update")
         dist.all_reduce(total)
         loss = (total / valid.clamp(min=1)).item()
         if not math.isfinite(loss):

@@ -1,0 +1,166 @@
+"""Ends a run that hangs: stacks of every rank in a file, the rank that does not move by name, exit status 74.
+
+A thread of every rank writes a beat into the store of the process group: which section of which step its main
+thread is in. If the main thread stays in a section for too long, the thread reads everybody's beats twice:
+ranks whose beat stands still are stopped or cut off, and ranks in an earlier section keep the others waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch.distributed as dist
+
+HUNG = 74  # EX_IOERR
+SECTIONS = ("data", "forward and backward", "update")  # of a step, in order
+LONGEST_INTERVAL_S = 5.0  # between beats
+COLLECTIVES_LATER_S = 30.0  # a collective's own time-out, which knows no names, comes so much later
+
+Beat = dict[str, Any]
+
+
+class Watchdog:
+    """Watches this rank's training steps; a context manager. Every rank of the default group makes one.
+
+    Args:
+        directory: where the stacks go, `rank_N.txt` each, if it comes to that.
+        timeout_s: the longest that a section may take.
+        say: on rank 0, tells the user of a rank that keeps the others waiting; None: says nothing.
+    """
+
+    def __init__(self, directory: str | Path, timeout_s: float, say: Callable[[str], None] | None) -> None:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._path = Path(directory) / f"rank_{self._rank}.txt"
+        self._timeout_s, self._say = timeout_s, say
+        self._interval = min(LONGEST_INTERVAL_S, timeout_s / 8)
+        self._step, self._section, self._since = 0, None, time.monotonic()
+        self._count, self._armed, self._told = 0, 0.0, (0, None)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._store = self._connect()
+
+    def _connect(self) -> dist.Store:
+        """A connection of its own to the store of the process group, under a name for this call alone."""
+        name = [uuid4().hex]
+        dist.broadcast_object_list(name, src=0)
+        patience = timedelta(seconds=max(2.0, self._interval))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
+        return dist.PrefixStore(f"watchdog {name[0]}", store)
+
+    def __enter__(self) -> Watchdog:
+        self._beat()
+        dist.barrier()  # everybody's first beat is there
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join(timeout=10 * self._interval)
+
+    def at(self, step: int, section: str | None) -> None:
+        """The main thread enters a section of SECTIONS in optimizer step `step`; None: what may take long."""
+        self._step, self._section, self._since = step, section, time.monotonic()
+        if self._since - self._armed > self._timeout_s / 8:  # for a main thread that never lets others run
+            self._armed = self._since
+            faulthandler.dump_traceback_later(2 * self._timeout_s + 60, exit=True)
+
+    def _beat(self) -> Beat:
+        self._count += 1
+        beat = {
+            "count": self._count,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "step": self._step,
+            "section": self._section,
+            "seconds": time.monotonic() - self._since,
+        }
+        self._store.set(str(self._rank), json.dumps(beat))
+        return beat
+
+    def _beats(self) -> list[Beat]:
+        values = self._store.multi_get([str(rank) for rank in range(self._size)])
+        return [json.loads(value) for value in values]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval):
+            since = self._since
+            late = self._section is not None and time.monotonic() - since > self._timeout_s
+            try:
+                self._beat()
+                if self._say is not None and not late:
+                    self._tell_of_slow_ranks(self._beats())
+                if late:
+                    silent, lines = self._standing_still()
+                    if self._since == since:  # else it went on after all
+                        self._end(silent, lines)
+            except (dist.DistError, RuntimeError) as error:
+                if late:
+                    self._end([], [f"the store of the process group does not answer ({_first_line(error)})"])
+
+    def _tell_of_slow_ranks(self, beats: list[Beat]) -> None:
+        """Say, once for each, that ranks have kept the others waiting for several beats."""
+        places = [(b["step"], SECTIONS.index(b["section"])) if b["section"] else None for b in beats]
+        known = [place for place in places if place is not None]
+        behind = [
+            rank
+            for rank, (beat, place) in enumerate(zip(beats, places, strict=True))
+            if place is not None and place < max(known) and beat["seconds"] > 3 * self._interval
+        ]
+        if len(known) == len(places) and behind and self._told != (behind, beats[behind[0]]["step"]):
+            self._told = (behind, beats[behind[0]]["step"])
+            self._say("warning: " + "; ".join(f"rank {r} is behind, {_place(beats[r])}" for r in behind))
+
+    def _standing_still(self) -> tuple[list[int], list[str]]:
+        """(processes on this host without a beat for a while, what this rank is to say of all)."""
+        before = self._beats()
+        for _ in range(3):
+            time.sleep(self._interval)
+            self._beat()
+        after = self._beats()
+        silent = [r for r in range(self._size) if before[r]["count"] == after[r]["count"]]
+        here = [after[r]["pid"] for r in silent if after[r]["host"] == socket.gethostname()]
+        waiting = [r for r in range(self._size) if r not in silent and after[r]["section"] is not None]
+        late = [r for r in waiting if after[r]["seconds"] > self._timeout_s]
+        if late and self._rank != late[0]:
+            return here, []  # that one speaks
+        lines = [f"rank {r}: no sign of life; last seen {_place(after[r])}" for r in silent]
+        return here, lines + [f"rank {r}: {_place(after[r])}" for r in waiting]
+
+    def _end(self, silent: list[int], lines: list[str]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            place = f"{self._section!r} of step {self._step}"
+            print(f"rank {self._rank}, pid {os.getpid()}, in {place}:", file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+        if lines:
+            text = "\n  ".join([f"error: no step for {self._timeout_s:g} s", *lines])
+            print(f"{text}\n  stacks of the ranks: {self._path.parent}", file=sys.stderr, flush=True)
+        for pid in silent:  # a stopped process would outlive its launcher's patience
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(HUNG)
+
+
+def _place(beat: Beat) -> str:
+    if beat["section"] is None:
+        return f"after step {beat['step']}"
+    return f"in {beat['section']!r} of step {beat['step']} for {beat['seconds']:.0f} s"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

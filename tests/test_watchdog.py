@@ -1,0 +1,144 @@
+"""Ranks that are stopped, killed or slow, in real jobs: named, ended in bounded time, restarted."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from distributed import Ranks
+from safetensors.torch import load_file
+from test_cli import ENVIRONMENT, ROOT, SMALL
+from test_trainer import config_for
+
+from pi_dist.data.loader import SequenceLoader
+from pi_dist.training.checkpoint import directory, find_newest
+from pi_dist.training.metrics import Metrics
+from pi_dist.training.trainer import train
+from pi_dist.training.watchdog import HUNG
+
+
+def start_job(corpus, run_dir, *overrides, restarts=0):
+    """Two ranks under torchrun; lines of its output can be read."""
+    where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={run_dir}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={restarts}",
+    ]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "pi_dist", "train", *SMALL, *where, *overrides],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(job, text):
+    """Read the job's output up to a line with this text."""
+    seen = []
+    for line in job.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} not in {''.join(seen)}, {job.stderr.read()}")
+
+
+def process_of(job, rank):
+    """The process id of a rank of a job."""
+    for entry in (entry for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == job.pid and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def end(job):
+    """Nothing of a job survives its test."""
+    for rank in (0, 1):
+        with contextlib.suppress(AssertionError, ProcessLookupError):
+            os.kill(process_of(job, rank), signal.SIGKILL)
+    job.kill()
+
+
+def is_alive(pid):
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_stopped_rank_is_named_and_the_job_ends_with_stacks(corpus, tmp_path):
+    job = start_job(corpus, tmp_path / "run", "--training.steps=100000", "--parallel.timeout_s=4")
+    try:
+        wait_for(job, "step 3/")
+        stopped = process_of(job, 1)
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        _, err = job.communicate(timeout=90)
+        assert time.monotonic() - began < 60 and job.returncode != 0
+    finally:
+        end(job)
+    assert "error: no step for 4 s" in err and "rank 1: no sign of life; last seen in" in err, err
+    assert "rank 0: in" in err and f"exitcode  : {HUNG}" in err
+    stacks = (tmp_path / "run" / "stacks" / "rank_0.txt").read_text()
+    assert "rank 0, pid " in stacks and "trainer.py" in stacks and "watchdog.py" in stacks
+    assert not is_alive(stopped)
+
+
+def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_path):
+    """Mid-run, between checkpoints; the final weights equal those of an undisturbed run bit by bit."""
+    options = ["--training.steps=12", "--training.save_every=3", "--training.batch_size=2"]
+    job = start_job(corpus, tmp_path / "killed", *options, restarts=1)
+    try:
+        wait_for(job, "step 5/12")
+        os.kill(process_of(job, 1), signal.SIGKILL)
+        out, err = job.communicate(timeout=120)
+    finally:
+        end(job)
+    assert job.returncode == 0 and "resuming at step 3" in out, out + err
+    undisturbed = start_job(corpus, tmp_path / "whole", *options)
+    undisturbed.communicate(timeout=120)
+    assert undisturbed.returncode == 0
+    found, expected = (
+        load_file(directory(tmp_path / name, 12) / "model.safetensors") for name in ("killed", "whole")
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert find_newest(tmp_path / "killed")[0].step == 12
+
+
+def train_with_a_slow_loader(config):
+    """What rank 0 says while rank 1 waits four seconds for its third batch."""
+    said, iterate = [], SequenceLoader.iterate
+
+    def slow(self, first):
+        for number, batches in enumerate(iterate(self, first)):
+            if number == 2 and torch.distributed.get_rank() == 1:
+                time.sleep(4.0)
+            yield batches
+
+    SequenceLoader.iterate = slow
+    Metrics.say = lambda self, text: said.append(text)
+    train(config)
+    return said
+
+
+def test_a_slow_rank_is_named_with_its_section(corpus, tmp_path):
+    config = config_for(corpus, tmp_path, steps=4, eval_every=0, save_every=0)
+    config = config.from_dict(
+        config.to_dict() | {"parallel": config.to_dict()["parallel"] | {"timeout_s": 6.0}}
+    )
+    with Ranks(2) as ranks:
+        said, _ = ranks.run(train_with_a_slow_loader, config)
+    warnings = [text for text in said if text.startswith("warning: rank")]
+    assert any("rank 1 is behind, in 'data' of step 3 for" in text for text in warnings), said
