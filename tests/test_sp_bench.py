@@ -1,5 +1,6 @@
 """The benchmark of sequence parallelism: real ranks, counted bytes equal to closed forms, records."""
 
+import gc
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from pi_dist.config import UserError
 from pi_dist.measure import sp_bench
 from pi_dist.measure.cost_model import exchanged_bytes, rows_received
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms
+from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops import PiPattern
 
 
@@ -157,3 +159,15 @@ def test_several_strides_in_a_group_have_no_closed_form():
     config = config.from_dict(config.to_dict() | {"model": config.to_dict()["model"] | model})
     with pytest.raises(ValueError):
         exchanged_bytes(config, 0)
+
+
+def models_left(path):
+    """How many models live on after a benchmark of several setups."""
+    sp_bench.bench(path, ["tiny"], [128], ["pi", "window"], device="cpu")
+    return sum(isinstance(found, PiTransformer) for found in gc.get_objects())
+
+
+def test_a_setup_leaves_no_memory_to_the_next(tmp_path):
+    """DeepSpeed's hooks keep an engine alive unless it is told to let go."""
+    with Ranks(2) as ranks:
+        assert ranks.run(models_left, str(tmp_path / "sp.json")) == [0, 0]

@@ -6,6 +6,7 @@ another number of ranks: rows with one rank are the baseline of weak and strong 
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -333,6 +334,10 @@ def _run(
             if trace is not None and mesh.rank == 0:
                 content = {"row": row, "kernels": [list(kernel) for kernel in kernels]}
                 Path(trace).write_text(json.dumps(content))
+    if engine is not None:
+        engine.close()
+        del engine, model
+        gc.collect()  # the next setup's memory is to be its own
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -89,6 +89,10 @@ class Engine:
                 dist_init_required=False,
             )
 
+    def close(self) -> None:
+        """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""
+        self.engine.destroy()
+
     def eval(self) -> None:
         """No dropout from here on."""
         self.engine.eval()

@@ -158,7 +158,7 @@ class Watchdog:
 
 def _place(beat: Beat) -> str:
     if beat["section"] is None:
-        return f"after step {beat['step']}"
+        return f"after step {beat['step']}" if beat["step"] else "before the first step"
     return f"in {beat['section']!r} of step {beat['step']} for {beat['seconds']:.0f} s"
 
 
