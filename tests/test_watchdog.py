@@ -15,7 +15,7 @@ from test_cli import ENVIRONMENT, ROOT, SMALL
 from test_trainer import config_for
 
 from pi_dist.data.loader import SequenceLoader
-from pi_dist.training.checkpoint import directory, find_newest
+from pi_dist.training.checkpoint import find_newest
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.trainer import train
 from pi_dist.training.watchdog import HUNG
@@ -110,11 +110,10 @@ def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_
     undisturbed = start_job(corpus, tmp_path / "whole", *options)
     undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0
-    found, expected = (
-        load_file(directory(tmp_path / name, 12) / "model.safetensors") for name in ("killed", "whole")
-    )
+    newest = [find_newest(tmp_path / name)[0] for name in ("killed", "whole")]
+    assert [checkpoint.step for checkpoint in newest] == [12, 12]
+    found, expected = (load_file(checkpoint.path / "model.safetensors") for checkpoint in newest)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    assert find_newest(tmp_path / "killed")[0].step == 12
 
 
 def train_with_a_slow_loader(config):
