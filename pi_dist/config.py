@@ -177,6 +177,9 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the block in the backward pass
     (its keys are exchanged again)."""
+    chunk_tokens: int | None = None
+    """Work on a sequence in chunks of so many tokens, over all ranks that share it: exact, in memory that
+    grows with the context only by the keys and values that later chunks look back to. null: all at once."""
     seed: int = 1234
     """Seed of initialization, order of the data and dropout."""
     eval_every: int = 100
@@ -293,10 +296,48 @@ def check_model(model: ModelConfig) -> None:
             _require(min(heads, default=0) >= 1, "model.strides", f"strides[{layer}] ({entry}) >= 1")
 
 
+def _check_chunks(config: Config, chunk_tokens: int) -> None:
+    """Raise ConfigError unless the run, of a causal model, can train in chunks."""
+    m, p, t = config.model, config.parallel, config.training
+    key = "training.chunk_tokens"
+    _require(
+        1 <= chunk_tokens <= t.context, key, f"1 <= chunk_tokens ({chunk_tokens}) <= context ({t.context})"
+    )
+    _require(
+        p.overlap != "pipelined", key, "parallel.overlap in ('interior', 'none')", "rows of chunks are kept"
+    )
+    exact = sorted(set(m.methods) & set(EXACT_METHODS))
+    _require(
+        not exact,
+        key,
+        f"model.method in ('pi', 'window') for {exact[0] if exact else None!r}",
+        "a chunk needs the keys of all before it",
+    )
+    _require(
+        chunk_tokens % p.sp_degree == 0,
+        key,
+        f"chunk_tokens ({chunk_tokens}) % parallel.sp_degree ({p.sp_degree}) == 0",
+        "its ranks share every chunk",
+    )
+    _require(
+        p.sp_degree == 1 or t.context % chunk_tokens == 0,
+        key,
+        f"training.context ({t.context}) % chunk_tokens ({chunk_tokens}) == 0 "
+        f"with parallel.sp_degree ({p.sp_degree}) > 1",
+        "ranks hold equal pieces of all chunks",
+    )
+
+
 def check(config: Config, world_size: int = 1) -> None:
     """Raise ConfigError unless the run can work on `world_size` ranks. Reads no file, imports no engine."""
     m, p, t, d = config.model, config.parallel, config.training, config.data
     check_model(m)
+    _require(
+        m.causal or t.chunk_tokens is None,
+        "training.chunk_tokens",
+        "model.causal == true",
+        "a chunk would need keys of later ones",
+    )
     _require(m.causal, "model.causal", "causal == true", "the next-token loss needs a causal model")
     for key in ("context", "batch_size", "micro_batch_size", "steps", "keep_checkpoints", "log_every"):
         _require(getattr(t, key) >= 1, f"training.{key}", f"{key} ({getattr(t, key)}) >= 1")
@@ -316,6 +357,8 @@ def check(config: Config, world_size: int = 1) -> None:
     _require(p.sp_degree >= 1, "parallel.sp_degree", f"sp_degree ({p.sp_degree}) >= 1")
     _require(p.timeout_s > 0, "parallel.timeout_s", f"timeout_s ({p.timeout_s}) > 0")
     _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
+    if t.chunk_tokens is not None:
+        _check_chunks(config, t.chunk_tokens)
     _require(
         t.context % p.sp_degree == 0,
         "parallel.sp_degree",
@@ -376,3 +419,8 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     """Forward passes of one replica per optimizer step."""
     dp_degree = world_size // config.parallel.sp_degree
     return config.training.batch_size // (dp_degree * config.training.micro_batch_size)
+
+
+def num_chunks(training: TrainingConfig) -> int:
+    """Chunks of a sequence."""
+    return 1 if training.chunk_tokens is None else -(-training.context // training.chunk_tokens)

@@ -193,15 +193,15 @@ def test_steps_with_much_padding_equal_one_rank(corpus, tmp_path, world_size, sp
 
 def noted_seeds(config):
     """The dropout seeds of every micro-step of a run on this rank."""
-    from pi_dist.training import trainer
+    from pi_dist.training import streaming
 
-    seeds, original = [], trainer.summed_loss
+    seeds, original = [], streaming.summed_loss
 
     def noting(model, mesh, batch, parallel, seed):
         seeds.append(seed)
         return original(model, mesh, batch, parallel, seed)
 
-    trainer.summed_loss = noting
+    streaming.summed_loss = noting
     train(config)
     return seeds
 

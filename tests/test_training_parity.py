@@ -20,7 +20,8 @@ from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training.deepspeed_engine import Engine
-from pi_dist.training.evaluate import heldout_loss, summed_loss
+from pi_dist.training.evaluate import heldout_loss
+from pi_dist.training.streaming import summed_loss
 
 CONTEXT, ROWS, SEED, CLIP_NORM = 32, 4, 7, 0.05
 MODEL = ModelConfig(

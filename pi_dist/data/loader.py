@@ -194,7 +194,8 @@ class SequenceLoader:
     The B·dp·accumulation rows of a step are consecutive sequences of the epochs' orders, which follow on each
     other without a gap. Row a·dp·B + r·B + b is row b of replica r in micro-step a, so a step's batch is the
     same on any number of ranks; the sp ranks of a replica read the same rows, each its own columns: see
-    `shard_starts`. Raises ValueError unless context % sp_degree == 0, or % (2·sp_degree) if balanced.
+    `shard_starts`. Raises ValueError unless context % sp_degree == 0, or % (2·sp_degree) if balanced, and if
+    pieces of chunks would not be equally long.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class SequenceLoader:
         sp_degree: int,
         seed: int,
         balanced: bool = False,
+        chunk_tokens: int | None = None,
     ) -> None:
         pieces = 2 * sp_degree if balanced else sp_degree
         if context % pieces != 0:
@@ -219,9 +221,10 @@ class SequenceLoader:
         self.index, self.data_config, self.context, self.seed = index, data_config, context, seed
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
         self.dp_rank, self.dp_degree = dp_rank, dp_degree
-        self.starts = shard_starts(context, sp_degree, sp_rank, balanced)
+        self.starts = shard_starts(context, sp_degree, sp_rank, balanced, chunk_tokens)
         self.plan = plan_sequences(index.token_counts, context, data_config.packing)
-        self._reader = _SliceReader(index, self.plan, self.starts, context // pieces)
+        length = context // sp_degree // len(self.starts)
+        self._reader = _SliceReader(index, self.plan, self.starts, length)
 
     @property
     def num_sequences(self) -> int:

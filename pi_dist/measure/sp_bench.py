@@ -39,7 +39,7 @@ from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training.deepspeed_engine import Engine
-from pi_dist.training.evaluate import summed_loss
+from pi_dist.training.streaming import summed_loss
 
 CONTEXTS = (32768, 65536, 131072, 262144, 1048576)
 METHODS: tuple[Method, ...] = ("pi", "window", "ring", "ulysses", "dense")

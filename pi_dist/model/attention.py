@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from pi_dist.model.rotary import rotate
 from pi_dist.ops.dropout import derive_seed
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import accumulate_dtype
+from pi_dist.parallel.kept_keys import KeptKeys
 from pi_dist.parallel.pi_attention import sequence_parallel_pi_attention
 from pi_dist.parallel.ring_attention import ring_attention
 from pi_dist.parallel.ulysses import ulysses_attention
@@ -33,6 +35,8 @@ class SequenceContext:
         seed: of this step and micro-step, for dropout.
         group: the ranks that share the sequence; None: this one alone.
         fused_exchange, overlap: see `sequence_parallel_pi_attention`.
+        kept: of each layer, what is kept of earlier chunks; None: the sequence is not in chunks.
+        chunk: number of the chunk that the tokens are.
     """
 
     labels: torch.Tensor | None = None
@@ -42,6 +46,8 @@ class SequenceContext:
     group: dist.ProcessGroup | None = None
     fused_exchange: bool = False
     overlap: str = "interior"
+    kept: Mapping[int, KeptKeys] | None = None
+    chunk: int = 0
 
 
 class Gate(nn.Module):
@@ -70,7 +76,8 @@ class Gate(nn.Module):
         The pre-activation of the sigmoid stays fp32: bf16 would round α to 1 from 7 on.
         """
         if self.static:
-            return torch.sigmoid(self.logit.float()).expand(*u.shape[:2], -1)
+            logit = self.logit.to(accumulate_dtype(self.logit.dtype))
+            return torch.sigmoid(logit).expand(*u.shape[:2], -1)
         raised = u if self.up is None else self.up(u)
         hidden = F.gelu(raised + self.up_bias.to(raised.dtype))
         dtype = accumulate_dtype(hidden.dtype)
@@ -134,6 +141,8 @@ class Attention(nn.Module):
                     row_start=context.row_start,
                     fused_exchange=context.fused_exchange,
                     overlap=context.overlap,
+                    kept=None if context.kept is None else context.kept[self.layer],
+                    chunk=context.chunk,
                 )
             case "dense" | "ring":
                 balanced = len(context.starts) == 2

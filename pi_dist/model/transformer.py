@@ -80,10 +80,19 @@ class PiTransformer(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, tokens: torch.Tensor, labels: torch.Tensor | None = None, context: SequenceContext | None = None
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        context: SequenceContext | None = None,
+        head: bool = True,
     ) -> torch.Tensor:
-        """Logits [B, m, V], or with labels [B, m] (already shifted; -100: none) the summed loss in nats."""
+        """Logits [B, m, V], or with labels [B, m] (already shifted; -100: none) the summed loss in nats.
+
+        Without the head the final hidden states [B, m, d]: a pass for the keys that it leaves in `context`.
+        """
         x = self.hidden(tokens, context or SequenceContext())
+        if not head:
+            return x
         if labels is None:
             return F.linear(x, self.embedding.weight)
         return summed_cross_entropy(x.flatten(0, 1), self.embedding.weight, labels.flatten())

@@ -4,11 +4,14 @@ The sequence of n tokens is cut into P contiguous shards of m = n/P. A rank need
 window halo (k tokens on a side) and the rows that its queries skip to; both are intervals of positions,
 clipped to the sequence, and may lie on any number of other ranks. A row is sent once even if several heads or
 skips need it.
+
+A sequence that is trained in chunks is cut into chunks first and each chunk into shards. Rows of earlier
+chunks lie where they were computed, on this rank or another, and are needed like any others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,16 +21,33 @@ from pi_dist.ops.spec import KeyBlock, Run
 Rows = tuple[Run, ...]
 
 
-def shard_starts(seq_len: int, num_ranks: int, rank: int, balanced: bool) -> tuple[int, ...]:
+def shard_starts(
+    seq_len: int, num_ranks: int, rank: int, balanced: bool, chunk_tokens: int | None = None
+) -> tuple[int, ...]:
     """Positions where the equally long pieces of a rank's shard begin.
 
     One piece; or, balanced, two of n/(2P) tokens, one from the front and one from the back, so that exact
-    causal attention is as much work on every rank.
+    causal attention is as much work on every rank; or one of every chunk, chunk_tokens/P tokens long.
+
+    Raises:
+        ValueError: the pieces of chunks would not be equally long.
     """
-    if not balanced:
+    if balanced:
+        half = seq_len // (2 * num_ranks)
+        return rank * half, (2 * num_ranks - 1 - rank) * half
+    if chunk_tokens is None or num_ranks == 1:
         return (rank * (seq_len // num_ranks),)
-    half = seq_len // (2 * num_ranks)
-    return rank * half, (2 * num_ranks - 1 - rank) * half
+    if seq_len % chunk_tokens or chunk_tokens % num_ranks:
+        raise ValueError(
+            f"seq_len ({seq_len}) % chunk_tokens ({chunk_tokens}) == chunk_tokens % ranks ({num_ranks}) == 0 "
+            "does not hold"
+        )
+    return tuple(start + rank * (chunk_tokens // num_ranks) for start in range(0, seq_len, chunk_tokens))
+
+
+def chunk_run(seq_len: int, chunk_tokens: int, chunk: int) -> Run:
+    """The positions of a chunk; the last may be shorter."""
+    return Run(chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, seq_len))
 
 
 def _union(runs: Iterable[Run]) -> Rows:
@@ -65,7 +85,7 @@ def count_rows(runs: Iterable[Run]) -> int:
 
 @dataclass(frozen=True)
 class Needs:
-    """Rows that a rank needs of one head group and does not own."""
+    """Rows that a rank needs of one head group and that are not in its shard."""
 
     halo: Rows
     skip: Rows
@@ -95,8 +115,11 @@ class ExchangePlan:
 
     Attributes:
         groups: head groups, the order of everything below.
-        shard: this rank's positions.
-        received: for each group, the positions of the rows that it receives, as ascending, maximal runs.
+        shard: this rank's positions, of the chunk.
+        received: for each group, the positions of the rows that it needs beyond its shard, as ascending,
+            maximal runs.
+        own: those of them that this rank holds itself, from earlier chunks; a message that does not travel.
+        kept: for each group, the rows of the shard that later chunks need.
         blocks: where the keys of the operator lie: the shard, then each group's received runs.
         halo_sends, halo_receives: messages that travel by ring send/recv, at most one per ordered pair of
             ranks.
@@ -108,6 +131,8 @@ class ExchangePlan:
     groups: tuple[HeadGroup, ...]
     shard: Run
     received: tuple[Rows, ...]
+    own: Message
+    kept: tuple[Rows, ...]
     blocks: tuple[KeyBlock, ...]
     halo_sends: tuple[Message, ...]
     halo_receives: tuple[Message, ...]
@@ -132,6 +157,27 @@ def rows_needed(pattern: PiPattern, group: HeadGroup, shard: Run, seq_len: int) 
     return Needs(halo, _subtract(skips, _union((*halo, shard))))
 
 
+def _rows_kept(pattern: PiPattern, group: HeadGroup, shard: Run, chunk_stop: int, seq_len: int) -> Rows:
+    """The rows of `shard` that queries from chunk_stop on need."""
+    if chunk_stop == seq_len:
+        return ()
+    offsets = {o for stride in group.strides for o in pattern.skip_offsets(stride)}
+    skips = (Run(chunk_stop - offset, seq_len - offset) for offset in offsets)
+    return _union(_clip(run, shard) for run in (Run(chunk_stop - pattern.window, chunk_stop), *skips))
+
+
+def _owners(run: Run, seq_len: int, chunk_tokens: int, num_ranks: int) -> Iterator[tuple[int, Run]]:
+    """(rank that holds them, positions), ascending: `run` cut where another rank or another chunk begins."""
+    start = run.start
+    while start < run.stop:
+        chunk = chunk_run(seq_len, chunk_tokens, start // chunk_tokens)
+        length = (chunk.stop - chunk.start) // num_ranks
+        owner = (start - chunk.start) // length
+        stop = min(run.stop, chunk.start + (owner + 1) * length)
+        yield owner, Run(start, stop)
+        start = stop
+
+
 @lru_cache(maxsize=256)
 def make_plan(
     pattern: PiPattern,
@@ -141,41 +187,83 @@ def make_plan(
     num_ranks: int,
     rank: int,
     fused: bool = False,
+    chunk_tokens: int | None = None,
+    chunk: int = 0,
 ) -> ExchangePlan:
     """The plan of `rank`.
 
     Args:
         seq_len: n, tokens of the whole sequence; num_ranks: P.
         fused: True sends the window halo in the all_to_all_single too.
+        chunk_tokens: tokens of a chunk, of which only the last may have fewer; None: the whole sequence.
+        chunk: which one the queries are in.
 
     Raises:
-        ValueError: n is not a multiple of P, or heads do not fit the pattern.
+        ValueError: n or the chunk is not a multiple of P, heads do not fit the pattern, or chunks of a
+            bidirectional pattern: its queries would need keys that are not there yet.
     """
     if seq_len % num_ranks:
         raise ValueError(f"seq_len ({seq_len}) % num_ranks ({num_ranks}) == 0 does not hold")
-    length = seq_len // num_ranks
-    shards = [Run(r * length, (r + 1) * length) for r in range(num_ranks)]
+    if chunk_tokens is None:
+        chunk_tokens = seq_len
+    elif chunk_tokens % num_ranks:
+        raise ValueError(f"chunk_tokens ({chunk_tokens}) % num_ranks ({num_ranks}) == 0 does not hold")
+    elif not pattern.causal:
+        raise ValueError("causal == true does not hold for chunks")
+    whole = chunk_run(seq_len, chunk_tokens, chunk)
+    length = (whole.stop - whole.start) // num_ranks
+    shards = [Run(whole.start + r * length, whole.start + (r + 1) * length) for r in range(num_ranks)]
     groups = pattern.head_groups(num_heads, num_kv_heads)
-    needs = []  # of every rank, for every group
+
+    def by_owner(runs: Rows) -> list[Rows]:
+        """The positions of `runs` that each rank holds."""
+        owned: list[list[Run]] = [[] for _ in range(num_ranks)]
+        for run in runs:
+            for owner, part in _owners(run, seq_len, chunk_tokens, num_ranks):
+                owned[owner].append(part)
+        return [tuple(parts) for parts in owned]
+
+    # what every receiver needs, for every group: all of it, and by way what of it each rank holds
+    needs: list[list[Needs]] = []
+    held: dict[str, list[list[list[Rows]]]] = {"halo": [], "skip": []}
     for shard in shards:
         of_rank = [rows_needed(pattern, group, shard, seq_len) for group in groups]
         needs.append([Needs((), _union((*n.halo, *n.skip))) if fused else n for n in of_rank])
+        for way, receivers in held.items():
+            receivers.append([by_owner(getattr(need, way)) for need in needs[-1]])
 
-    def message(kind: str, sender: int, receiver: int, peer: int) -> Message:
-        owned = (tuple(_clip(run, shards[sender]) for run in getattr(need, kind)) for need in needs[receiver])
-        return Message(peer, tuple(tuple(run for run in rows if run.start < run.stop) for rows in owned))
+    def message(way: str, sender: int, receiver: int, peer: int) -> Message:
+        rows = (() if sender == receiver else owned[sender] for owned in held[way][receiver])
+        return Message(peer, tuple(rows))
 
-    def messages(kind: str, sending: bool) -> list[Message]:
+    def messages(way: str, sending: bool) -> list[Message]:
         return [
-            message(kind, rank, peer, peer) if sending else message(kind, peer, rank, peer)
+            message(way, rank, peer, peer) if sending else message(way, peer, rank, peer)
             for peer in range(num_ranks)
         ]
+
+    def travels(way: str) -> bool:
+        return any(
+            rows
+            for receiver, of_groups in enumerate(held[way])
+            for owned in of_groups
+            for sender, rows in enumerate(owned)
+            if sender != receiver
+        )
 
     received = tuple(_union((*need.halo, *need.skip)) for need in needs[rank])
     return ExchangePlan(
         groups=groups,
         shard=shards[rank],
         received=received,
+        own=Message(
+            rank,
+            tuple(
+                (*halo[rank], *skip[rank])
+                for halo, skip in zip(held["halo"][rank], held["skip"][rank], strict=True)
+            ),
+        ),
+        kept=tuple(_rows_kept(pattern, group, shards[rank], whole.stop, seq_len) for group in groups),
         blocks=(
             KeyBlock(tuple(range(num_kv_heads)), shards[rank]),
             *(
@@ -188,6 +276,6 @@ def make_plan(
         halo_receives=tuple(m for m in messages("halo", False) if any(m.rows)),
         skip_sends=tuple(messages("skip", True)),
         skip_receives=tuple(messages("skip", False)),
-        any_halo=any(need.halo for of_rank in needs for need in of_rank),
-        any_skip=any(need.skip for of_rank in needs for need in of_rank),
+        any_halo=travels("halo"),
+        any_skip=travels("skip"),
     )

@@ -3,13 +3,13 @@
 Forward, every rank ends up with the blocks of the plan: its own shard, which is not copied, and for each head
 group the rows that it received. Backward, gradients of received rows return to their owner in the
 accumulation dtype (fp32 for bf16) and are added. Both are started, and waited for when they are needed: what
-is computed in between hides them.
+is computed in between hides them. Rows of earlier chunks are taken from, and their gradients added to, what
+their owner has kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -17,27 +17,38 @@ import torch.distributed as dist
 from pi_dist.ops.spec import KeyBlock, Run, accumulate_dtype
 from pi_dist.parallel.collectives import all_to_all, ring_exchange
 from pi_dist.parallel.exchange_plan import ExchangePlan, Message
+from pi_dist.parallel.kept_keys import KeptKeys, add_rows, columns_of, rows_at
 
 
 def start_exchange(
-    plan: ExchangePlan, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
+    plan: ExchangePlan,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    kept: KeptKeys | None = None,
 ) -> Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Send the shard's keys and values [B, m, H_kv, D] to those that need them.
+    """Send the shard's keys and values [B, m, H_kv, D], and those kept, to the ranks that need them.
 
     Returns what waits for the rows of others: it gives (keys, values) of all blocks but the first.
     """
     batch, _, _, head_dim = k.shape
 
     def pack(message: Message) -> Iterator[torch.Tensor]:
-        for heads, rows in zip(plan.groups, message.rows, strict=True):
-            columns = _columns(heads.kv_heads, k.device)
-            for tensor in (k, v):
-                yield from (_rows(tensor, plan.shard, run)[:, :, columns] for run in rows)
+        for index, (heads, rows) in enumerate(zip(plan.groups, message.rows, strict=True)):
+            columns = columns_of(heads.kv_heads, k.device)
+            for part, tensor in enumerate((k, v)):
+                for run in rows:
+                    if _within(run, plan.shard):
+                        yield rows_at(tensor, plan.shard, run)[:, :, columns]
+                    else:
+                        yield kept.rows(index, run)[part]
 
     arrive = _travel(plan, pack, batch, head_dim, k, group, backward=False)
 
     def wait() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        pieces: list[list[tuple[Run, torch.Tensor, torch.Tensor]]] = [[] for _ in plan.groups]
+        pieces: list[list[tuple[Run, torch.Tensor, torch.Tensor]]] = [
+            [(run, *kept.rows(index, run)) for run in rows] for index, rows in enumerate(plan.own.rows)
+        ]
         for message, flat in arrive():
             for index, (group_rows, blocks) in enumerate(_unpack(message, flat, plan, batch, head_dim)):
                 pieces[index] += [(run, *block) for run, block in zip(group_rows, blocks, strict=True)]
@@ -45,7 +56,7 @@ def start_exchange(
         for of_group, runs in zip(pieces, plan.received, strict=True):
             ordered = sorted(of_group, key=lambda piece: piece[0])
             for whole in runs:
-                parts = [piece for piece in ordered if whole.start <= piece[0].start < whole.stop]
+                parts = [piece for piece in ordered if _within(piece[0], whole)]
                 for blocks, position in ((keys, 1), (values, 2)):
                     tensors = [part[position] for part in parts]
                     blocks.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1))
@@ -59,7 +70,8 @@ def start_return(
     k: torch.Tensor,
     dkeys: list[torch.Tensor],
     dvalues: list[torch.Tensor],
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    kept: KeptKeys | None = None,
 ) -> tuple[Callable[[], object], Callable[[torch.Tensor, torch.Tensor], None]]:
     """The conjugate of `start_exchange`: send the gradients of every block but the first to their owners.
 
@@ -69,49 +81,46 @@ def start_return(
 
     Returns:
         What waits for the gradients that others send; and what waits for them and adds them to (dk, dv) of
-        the shard. Sums are in the dtype that travels, in an order that does not depend on timing.
+        the shard, or to what is kept of earlier chunks, and then adds what later chunks had sent to the
+        shard. Sums are in the dtype that travels, in an order that does not depend on timing.
     """
     batch, _, _, head_dim = k.shape
     received = {block: index for index, block in enumerate(plan.blocks[1:])}
 
+    def gradient(tensors: list[torch.Tensor], index: int, run: Run) -> torch.Tensor:
+        whole = next(whole for whole in plan.received[index] if _within(run, whole))
+        return rows_at(tensors[received[KeyBlock(plan.groups[index].kv_heads, whole)]], whole, run)
+
     def pack(message: Message) -> Iterator[torch.Tensor]:
-        for heads, rows, runs in zip(plan.groups, message.rows, plan.received, strict=True):
+        for index, rows in enumerate(message.rows):
             for tensors in (dkeys, dvalues):
-                for run in rows:
-                    whole = next(whole for whole in runs if whole.start <= run.start < whole.stop)
-                    yield _rows(tensors[received[KeyBlock(heads.kv_heads, whole)]], whole, run)
+                yield from (gradient(tensors, index, run) for run in rows)
 
     like = k.new_empty(0, dtype=accumulate_dtype(k.dtype))
     wait = _travel(plan, pack, batch, head_dim, like, group, backward=True)
 
     def add_to(dk: torch.Tensor, dv: torch.Tensor) -> None:
+        for index, rows in enumerate(plan.own.rows):
+            for run in rows:
+                kept.add(index, run, gradient(dkeys, index, run), gradient(dvalues, index, run))
         for message, flat in wait():
             unpacked = _unpack(message, flat, plan, batch, head_dim)
-            for heads, (group_rows, blocks) in zip(plan.groups, unpacked, strict=True):
-                columns = _columns(heads.kv_heads, dk.device)
+            for index, (group_rows, blocks) in enumerate(unpacked):
                 for run, block in zip(group_rows, blocks, strict=True):
-                    for target, gradient in zip((dk, dv), block, strict=True):
-                        rows = _rows(target, plan.shard, run)
-                        rows[:, :, columns] = (rows[:, :, columns] + gradient).to(target.dtype)
+                    if not _within(run, plan.shard):
+                        kept.add(index, run, *block)
+                        continue
+                    for target, part in zip((dk, dv), block, strict=True):
+                        add_rows(target, plan.shard, run, plan.groups[index].kv_heads, part)
+        if kept is not None:
+            kept.give_back(plan, dk, dv)
 
     return wait, add_to
 
 
-@lru_cache(maxsize=1024)
-def _columns(heads: tuple[int, ...], device: torch.device) -> slice | torch.Tensor:
-    """What selects these ascending heads: a slice, else indices that lie on the device already.
-
-    A list would be copied there each time, and the host would wait for it.
-    """
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    if heads == tuple(range(heads[0], heads[-1] + 1, step)):
-        return slice(heads[0], heads[-1] + 1, step)
-    return torch.tensor(heads, device=device)
-
-
-def _rows(tensor: torch.Tensor, lies: Run, wanted: Run) -> torch.Tensor:
-    """The positions `wanted` of a [B, R, ...] tensor that holds the positions `lies`."""
-    return tensor[:, wanted.start - lies.start : wanted.stop - lies.start]
+def _within(run: Run, whole: Run) -> bool:
+    """Whether a run, which no border of `whole` cuts, lies in it."""
+    return whole.start <= run.start < whole.stop
 
 
 def _travel(

@@ -1,4 +1,4 @@
-"""Sequence-parallel π-attention: the exchange of keys around the operator of one device."""
+"""π-attention over shards and chunks of a sequence: the exchange of keys around one device's operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pi_dist.ops.pi_attention import (
     pi_attention,
 )
 from pi_dist.ops.spec import AttentionSpec, Run
-from pi_dist.parallel.exchange_plan import make_plan
+from pi_dist.parallel.exchange_plan import count_rows, make_plan
+from pi_dist.parallel.kept_keys import KeptKeys
 from pi_dist.parallel.key_exchange import start_exchange, start_return
 
 
@@ -40,6 +41,8 @@ def sequence_parallel_pi_attention(
     row_start: int = 0,
     fused_exchange: bool = False,
     overlap: str = "interior",
+    kept: KeptKeys | None = None,
+    chunk: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """π-attention over a sequence that lies in contiguous shards of m tokens on the P ranks of `group`.
@@ -57,6 +60,10 @@ def sequence_parallel_pi_attention(
         overlap: "interior" works on neighbours within the shard while rows travel, forward and backward, so
             that only rows at the boundary wait; "pipelined" also takes batch rows one by one, and the rows of
             the next travel while the current one is worked on (Section III-B4); "none" waits first.
+        kept: None: the tokens are a shard of the whole sequence. Else they are one of chunk number `chunk`,
+            and keys of earlier chunks are those kept there, where this chunk's are kept too. Chunks come in
+            order; backward passes, each after a second forward pass of its chunk, in reverse order. Not with
+            "pipelined".
         Other arguments as in `pi_dist.ops.pi_attention`.
 
     Returns:
@@ -67,12 +74,12 @@ def sequence_parallel_pi_attention(
     """
     num_ranks = 1 if group is None else dist.get_world_size(group)
     check_shapes(q, k, v, gate)
-    seq_len = num_ranks * q.shape[1]
+    seq_len = num_ranks * q.shape[1] if kept is None else kept.seq_len
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"query length ({q.shape[1]}) == key length ({k.shape[1]}) of a shard does not hold")
     check_labels(labels, q.shape[0], seq_len)
     options = {"softmax_scale": softmax_scale, "logit_cap": logit_cap, "dropout_p": dropout_p, "seed": seed}
-    if num_ranks == 1:
+    if num_ranks == 1 and kept is None:
         return pi_attention(
             q, k, v, gate, pattern, segment_ids=labels, row_start=row_start, backend=backend, **options
         )
@@ -80,8 +87,22 @@ def sequence_parallel_pi_attention(
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap ({overlap!r}) in {OVERLAPS} does not hold")
     plan = make_plan(
-        pattern, q.shape[2], k.shape[2], seq_len, num_ranks, dist.get_rank(group), fused_exchange
+        pattern,
+        q.shape[2],
+        k.shape[2],
+        seq_len,
+        num_ranks,
+        0 if group is None else dist.get_rank(group),
+        fused_exchange,
+        None if kept is None else kept.chunk_tokens,
+        chunk,
     )
+    if q.shape[1] != count_rows([plan.shard]):
+        raise ValueError(f"query length ({q.shape[1]}) == that of {plan.shard} of the chunk does not hold")
+    if kept is not None:
+        if overlap == "pipelined":
+            raise ValueError("overlap ('pipelined') == 'interior' or 'none' does not hold in chunks")
+        kept.keep(plan, k.detach(), v.detach(), pattern.reach())
     spec = AttentionSpec(
         pattern=pattern,
         num_kv_heads=k.shape[2],
@@ -94,7 +115,7 @@ def sequence_parallel_pi_attention(
         row_start=row_start,
     )
     return _SequenceParallelPiAttention.apply(
-        q, k, v, gate, labels, spec, plan, group, overlap, backend_functions(backend, q)
+        q, k, v, gate, labels, spec, plan, group, overlap, kept, backend_functions(backend, q)
     )
 
 
@@ -113,13 +134,13 @@ def _pieces(batch: int, overlap: str) -> list[slice]:
 
 
 class _SequenceParallelPiAttention(torch.autograd.Function):
-    """One Function around exchange and operator, so that gradients of received rows travel in fp32."""
+    """One Function around exchange and operator: gradients of others' rows travel and are added in fp32."""
 
     @staticmethod
-    def forward(ctx, q, k, v, gate, labels, spec, plan, group, overlap, functions):
+    def forward(ctx, q, k, v, gate, labels, spec, plan, group, overlap, kept, functions):
         forward, ctx.backward_function = functions
         pieces = _pieces(q.shape[0], overlap)
-        waits = [start_exchange(plan, k[pieces[0]], v[pieces[0]], group)]
+        waits = [start_exchange(plan, k[pieces[0]], v[pieces[0]], group, kept)]
         outs, lses, received = [], [], []
         for number, piece in enumerate(pieces):
             if number + 1 < len(pieces):
@@ -135,7 +156,7 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
             received += [row for rows in arrive() for row in rows]
         out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
         ctx.save_for_backward(q, k, v, gate, labels, out, lse, *received)
-        ctx.spec, ctx.plan, ctx.group, ctx.overlap = spec, plan, group, overlap
+        ctx.spec, ctx.plan, ctx.group, ctx.overlap, ctx.kept = spec, plan, group, overlap, kept
         return out
 
     @staticmethod
@@ -152,7 +173,7 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
             def send_back(
                 dkeys: list[torch.Tensor], dvalues: list[torch.Tensor], like: torch.Tensor = keys[0]
             ) -> None:
-                wait, add_to = start_return(ctx.plan, like, dkeys, dvalues, ctx.group)
+                wait, add_to = start_return(ctx.plan, like, dkeys, dvalues, ctx.group, ctx.kept)
                 finish.append(add_to)
                 if ctx.overlap == "none":
                     wait()
@@ -168,7 +189,7 @@ class _SequenceParallelPiAttention(torch.autograd.Function):
             for x in zip(*gradients, strict=True)
         )
         dgate = None if dgate is None else dgate.to(gate.dtype)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dgate, *[None] * 6
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dgate, *[None] * 7
 
 
 class _Piece:

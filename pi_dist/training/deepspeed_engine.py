@@ -3,7 +3,7 @@
 DeepSpeed averages gradients over all ranks and divides by the accumulation steps, whatever the
 sequence-parallel degree. So each rank returns `Σ loss of its tokens · W·G / T` (W ranks, G accumulation
 steps, T valid tokens of the whole global batch): the mean over the global batch's tokens, in every ZeRO
-stage.
+stage. A sequence in chunks is as many accumulation steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pi_dist.config import Config, accumulation_steps
+from pi_dist.config import Config, accumulation_steps, num_chunks
 from pi_dist.parallel.mesh import Mesh
 from pi_dist.training.optimizer import learning_rate, make_optimizer
 
@@ -29,7 +29,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     t, p = config.training, config.parallel
     settings: dict = {
         "train_micro_batch_size_per_gpu": t.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_accumulation_steps": accumulation_steps(config, world_size) * num_chunks(t),
         "gradient_clipping": t.clip_norm,
         "sequence_parallel_size": p.sp_degree,
         "zero_optimization": {"stage": p.zero_stage},

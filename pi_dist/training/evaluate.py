@@ -1,4 +1,4 @@
-"""Loss of a micro-batch and of held-out data, on any number of ranks."""
+"""Loss of held-out data, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ import torch
 import torch.distributed as dist
 
 from pi_dist.config import Config, ConfigError, ParallelConfig, accumulation_steps, check
-from pi_dist.data.loader import Batch, SequenceLoader
+from pi_dist.data.loader import SequenceLoader
 from pi_dist.data.shards import ShardIndex, sha256_of
-from pi_dist.model.attention import SequenceContext
 from pi_dist.model.loss import IGNORE
-from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.pattern import total_reach
-from pi_dist.parallel.collectives import all_gather_tokens
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training.checkpoint import load_model, open_checkpoint
-from pi_dist.training.deepspeed_engine import Engine
-
-Model = Engine | PiTransformer
+from pi_dist.training.streaming import Model, evaluated_loss
 
 
 def make_loader(index: ShardIndex, config: Config, mesh: Mesh) -> SequenceLoader:
@@ -38,33 +33,26 @@ def make_loader(index: ShardIndex, config: Config, mesh: Mesh) -> SequenceLoader
         sp_degree=mesh.sp_degree,
         seed=config.training.seed,
         balanced=config.balanced,
+        chunk_tokens=config.training.chunk_tokens,
     )
-
-
-def summed_loss(model: Model, mesh: Mesh, batch: Batch, parallel: ParallelConfig, seed: int) -> torch.Tensor:
-    """Σ of this rank's token losses of one micro-batch, in nats, fp32 scalar.
-
-    Documents and padding of the whole sequences travel here, once for all layers.
-    """
-    context = SequenceContext(
-        labels=all_gather_tokens(batch.segment_ids.to(mesh.device), mesh.sp_group),
-        starts=batch.starts,
-        row_start=batch.row_start,
-        seed=seed,
-        group=mesh.sp_group,
-        fused_exchange=parallel.exchange == "all_to_all",
-        overlap=parallel.overlap,
-    )
-    return model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device), context)
 
 
 @torch.no_grad()
-def heldout_loss(model: Model, mesh: Mesh, loader: SequenceLoader, parallel: ParallelConfig) -> float:
-    """Mean loss over every valid token of the loader's sequences, nats a token; the same on every rank."""
+def heldout_loss(
+    model: Model,
+    mesh: Mesh,
+    loader: SequenceLoader,
+    parallel: ParallelConfig,
+    chunk_tokens: int | None = None,
+) -> float:
+    """Mean loss over every valid token of the loader's sequences, nats a token; the same on every rank.
+
+    Sequences are worked on in chunks of `chunk_tokens` tokens, or at once.
+    """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in loader.evaluate():
-        total[0] += summed_loss(model, mesh, batch, parallel, seed=0)
+        total[0] += evaluated_loss(model, mesh, batch, parallel, chunk_tokens)
         total[1] += (batch.labels != IGNORE).sum().to(mesh.device)
     model.train()
     dist.all_reduce(total)
@@ -91,12 +79,19 @@ def evaluate_checkpoint(
     checkpoint = open_checkpoint(path)
     trained = Config.from_dict(checkpoint.state["config"])
     context = trained.training.context if context is None else context
+    chunk_tokens = trained.training.chunk_tokens
+    if chunk_tokens is not None and chunk_tokens >= context:
+        chunk_tokens = None
     dp_degree = max(1, world_size_from_launcher() // sp_degree)
     config = dataclasses.replace(
         trained,
         parallel=dataclasses.replace(trained.parallel, sp_degree=sp_degree, device=device_choice),
         training=dataclasses.replace(
-            trained.training, context=context, batch_size=dp_degree, micro_batch_size=1
+            trained.training,
+            context=context,
+            batch_size=dp_degree,
+            micro_batch_size=1,
+            chunk_tokens=chunk_tokens,
         ),
     )
     check(config, world_size_from_launcher())
@@ -108,7 +103,7 @@ def evaluate_checkpoint(
     mesh = make_mesh(sp_degree, start(device_choice, config.parallel.timeout_s))
     model, _ = load_model(checkpoint, mesh.device)
     loader = make_loader(index, config, mesh)
-    loss = heldout_loss(model, mesh, loader, config.parallel)
+    loss = heldout_loss(model, mesh, loader, config.parallel, chunk_tokens)
     return {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,

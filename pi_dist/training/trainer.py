@@ -14,7 +14,7 @@ from typing import NamedTuple, TextIO
 import torch
 import torch.distributed as dist
 
-from pi_dist.config import Config, ConfigError, UserError, check, resolve
+from pi_dist.config import Config, ConfigError, UserError, check, num_chunks, resolve
 from pi_dist.data.loader import Batch, SequenceLoader
 from pi_dist.data.shards import ShardIndex, open_splits
 from pi_dist.model.loss import IGNORE
@@ -24,9 +24,10 @@ from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training import checkpoint as checkpoints
 from pi_dist.training.deepspeed_engine import Engine
-from pi_dist.training.evaluate import heldout_loss, make_loader, summed_loss
+from pi_dist.training.evaluate import heldout_loss, make_loader
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
+from pi_dist.training.streaming import streamed_losses
 from pi_dist.training.watchdog import COLLECTIVES_LATER_S, Watchdog
 
 
@@ -270,16 +271,23 @@ class _Run:
     def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
         """One optimizer step. Raises TrainingError if its loss or gradient is not finite."""
         self.watch.at(step + 1, "forward and backward")
-        device = self.mesh.device
+        device, parallel, training = self.mesh.device, self.config.parallel, self.config.training
         valid = sum((batch.labels != IGNORE).sum() for batch in batches).to(device, torch.float64)
         dist.all_reduce(valid)
-        seed = derive_seed(self.config.training.seed, step)
+        seed = derive_seed(training.seed, step)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for number, batch in enumerate(batches):
-            loss_sum = summed_loss(self.engine, self.mesh, batch, self.config.parallel, seed)
+        losses = (
+            loss_sum
+            for batch in batches
+            for loss_sum in streamed_losses(
+                self.engine, self.mesh, batch, parallel, seed, training.chunk_tokens
+            )
+        )
+        last = len(batches) * num_chunks(training) - 1
+        for number, loss_sum in enumerate(losses):
             total += loss_sum.detach()
             self.engine.backward(loss_sum, valid.to(loss_sum.dtype))
-            if number + 1 < len(batches):
+            if number < last:
                 self.engine.step(step)
         self.watch.at(step + 1, "update")
         dist.all_reduce(total)
@@ -305,7 +313,13 @@ class _Run:
         """Measure the held-out loss after `step` steps; None without held-out data."""
         if self.heldout_loader is None:
             return None
-        loss = heldout_loss(self.engine, self.mesh, self.heldout_loader, self.config.parallel)
+        loss = heldout_loss(
+            self.engine,
+            self.mesh,
+            self.heldout_loader,
+            self.config.parallel,
+            self.config.training.chunk_tokens,
+        )
         if self.metrics is not None:
             self.metrics.heldout(step, loss)
         return loss
