@@ -21,7 +21,7 @@ from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss
-from pi_dist.training.streaming import summed_loss
+from pi_dist.training.streaming import streamed_losses
 
 CONTEXT, ROWS, SEED, CLIP_NORM = 32, 4, 7, 0.05
 MODEL = ModelConfig(
@@ -69,11 +69,14 @@ def one_process(model=MODEL):
 class HeldOut:
     """The global batch dealt over replicas as the loader deals it."""
 
-    def __init__(self, mesh, micro_batch_size, balanced):
-        self.mesh, self.size, self.balanced = mesh, micro_batch_size, balanced
+    def __init__(self, mesh, training, balanced):
+        self.mesh, self.size, self.chunk_tokens = mesh, training.micro_batch_size, training.chunk_tokens
+        self.balanced = balanced
 
     def evaluate(self):
-        starts = shard_starts(CONTEXT, self.mesh.sp_degree, self.mesh.sp_rank, self.balanced)
+        starts = shard_starts(
+            CONTEXT, self.mesh.sp_degree, self.mesh.sp_rank, self.balanced, self.chunk_tokens
+        )
         length = CONTEXT // self.mesh.sp_degree // len(starts)
         columns = [start + t for start in starts for t in range(length)]
         for first in range(self.mesh.dp_rank * self.size, ROWS, self.size * self.mesh.dp_degree):
@@ -91,17 +94,21 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, ove
         config = Config(model=model_config, parallel=parallel, training=training)
         model = PiTransformer(model_config, CONTEXT, 1, training.activation_checkpointing)
         engine = Engine(model, config, mesh)
-        data = HeldOut(mesh, training.micro_batch_size, config.balanced)
-        heldout = heldout_loss(engine, mesh, data, config.parallel)
+        data = HeldOut(mesh, training, config.balanced)
+        heldout = heldout_loss(engine, mesh, data, config.parallel, training.chunk_tokens)
         valid = (global_batch()[1] != IGNORE).sum().to(mesh.device)
         total = torch.zeros(1, device=mesh.device)
-        batches = list(data.evaluate())
-        for number, batch in enumerate(batches):
-            loss_sum = summed_loss(engine, mesh, batch, config.parallel, SEED)
-            total += loss_sum.detach()
-            engine.backward(loss_sum, valid)
-            if number + 1 < len(batches):
-                engine.step(0)
+        micro_steps = engine.engine.gradient_accumulation_steps()
+        for batch in data.evaluate():
+            for loss_sum in streamed_losses(
+                engine, mesh, batch, config.parallel, SEED, training.chunk_tokens
+            ):
+                total += loss_sum.detach()
+                engine.backward(loss_sum, valid)
+                micro_steps -= 1
+                if micro_steps:
+                    engine.step(0)
+        assert micro_steps == 0
         torch.distributed.all_reduce(total)
         gradients = {name: gradient.to("cpu", copy=True) for name, gradient in engine.gradients()}
         updated = None
