@@ -344,27 +344,37 @@ def _bench_parser() -> ArgumentParser:
         help="kernel: draw the record there; sp: what ran when, of --trace (.svg, .png)",
     )
     parser.add_argument(
-        "--presets", type=list[str], default=["small", "medium"], help="sp: sizes of the model"
+        "--presets", type=str, default="small,medium", help="sp: tiny, small, medium, large, with commas"
     )
     parser.add_argument(
         "--contexts",
-        type=list[int],
-        default=[32768, 65536, 131072, 262144, 1048576],
-        help="sp: tokens of a sequence, over all ranks",
+        type=str,
+        default="32768,65536,131072,262144,1048576",
+        help="sp: tokens of a sequence, over all ranks, with commas",
     )
     parser.add_argument(
         "--methods",
-        type=list[str],
-        default=["pi", "window", "ring", "ulysses", "dense"],
+        type=str,
+        default="pi,window,ring,ulysses,dense",
         help="sp: which methods; dense runs on one rank, ring and ulysses on several",
     )
     parser.add_argument(
         "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp: as parallel.device"
     )
     parser.add_argument(
-        "--trace", type=str | None, default=None, help="sp: write the kernels of the last step there (JSON)"
+        "--trace",
+        type=str | None,
+        default=None,
+        help="sp: write the kernels of the first measured step there (JSON)",
     )
     return parser
+
+
+def _sizes(name: str, text: str) -> list[int]:
+    """Numbers with commas between them."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ConfigError(f"{name}: numbers with commas between them, not {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def _bench(arguments: Namespace) -> int:
@@ -384,9 +394,9 @@ def _bench(arguments: Namespace) -> int:
 
         complete = bench_sp(
             arguments.json,
-            arguments.presets,
-            arguments.contexts,
-            arguments.methods,
+            arguments.presets.split(","),
+            _sizes("contexts", arguments.contexts),
+            arguments.methods.split(","),
             minutes=arguments.minutes,
             device=arguments.device,
             trace=arguments.trace,
@@ -424,7 +434,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], in
     "eval": (_eval_parser, _eval, "loss of a checkpoint on prepared data"),
     "generate": (_generate_parser, _generate, "continue a text with a trained model"),
     "reach": (_reach_parser, _reach, "how far back a configuration can see"),
-    "bench": (_bench_parser, _bench, "time the kernels beside their floor; choose their tile sizes"),
+    "bench": (_bench_parser, _bench, "time kernels beside their floor, or training steps of every method"),
     "doctor": (_doctor_parser, _doctor, "what this machine has, and what is missing"),
 }
 

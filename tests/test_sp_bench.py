@@ -1,7 +1,9 @@
 """The benchmark of sequence parallelism: real ranks, counted bytes equal to closed forms, records."""
 
+import contextlib
 import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from test_key_exchange import rows_by_brute_force
 from pi_dist.config import UserError
 from pi_dist.measure import sp_bench
 from pi_dist.measure.cost_model import exchanged_bytes, rows_received
+from pi_dist.measure.figures import draw_timeline
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops import PiPattern
@@ -77,10 +80,13 @@ def test_a_record_is_resumed_and_takes_the_baseline_of_one_rank(record):
     with Ranks(1) as ranks:
         ranks.run(run_bench, str(record), [128], ["window", "dense"])
     added = rows_of(record)[len(before) :]
-    assert [(row["method"], row["world_size"], row["bytes_sent"]) for row in added] == [("dense", 1, 0)]
+    assert [(row["method"], row["world_size"], row["bytes_sent"]) for row in added] == [
+        ("window", 1, 0),
+        ("dense", 1, 0),
+    ]
 
 
-def test_what_cannot_be_split_or_did_not_fit_is_a_row_in_words(tmp_path):
+def test_what_cannot_be_split_or_ended_the_process_is_a_row_in_words(tmp_path):
     path = tmp_path / "sp.json"
     with Ranks(2) as ranks:
         ranks.run(run_bench, str(path), [65], ["ulysses"])
@@ -91,7 +97,88 @@ def test_what_cannot_be_split_or_did_not_fit_is_a_row_in_words(tmp_path):
         record["settings"]["attempting"] = [*vars(attempted).values(), 64, 2]  # as if it had ended the job
         path.write_text(json.dumps(record))
         ranks.run(run_bench, str(path), [64, 128], ["ulysses"])
-    assert [(row["tokens"], row["fits"]) for row in rows_of(path)] == [(65, True), (64, False), (128, False)]
+    found = [(row["tokens"], row["fits"], row["measured"]) for row in rows_of(path)]
+    assert found == [(65, None, False), (64, None, False), (128, True, True)]
+    assert "the process ended" in rows_of(path)[1]["note"]
+
+
+def out_of_memory(path):
+    """What a benchmark says whose steps run out of memory; what it says when it is run again."""
+    measure, said = sp_bench.measure, []
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    for replacement in (fail, measure):
+        sp_bench.measure = replacement
+        try:
+            sp_bench.bench(path, ["tiny"], [128, 256], ["window"], device="cpu")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_out_of_memory_ends_the_process_and_is_not_tried_again(tmp_path):
+    path = tmp_path / "sp.json"
+    with Ranks(2) as ranks:
+        said = ranks.run(out_of_memory, str(path))
+    assert said == [["bench sp: out of memory, which is in the record; run it again to go on"]] * 2
+    rows = [(row["tokens"], row["fits"], row["measured"], row["note"]) for row in rows_of(path)]
+    assert rows == [
+        (128, False, True, "out of memory"),
+        (256, False, False, "out of memory at a shorter context"),
+    ]
+
+
+def interrupted(path):
+    """What is noted as being attempted, and the number of rows, after an interrupted benchmark and another."""
+    measure, contents = sp_bench.measure, []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for replacement in (stop, measure):
+        sp_bench.measure = replacement
+        with contextlib.suppress(KeyboardInterrupt):
+            sp_bench.bench(path, ["tiny"], [128], ["window"], device="cpu")
+        dist.barrier()
+        contents.append(json.loads(Path(path).read_text()))
+        dist.barrier()
+    return [(content["settings"]["attempting"], len(content["rows"])) for content in contents]
+
+
+def test_an_interrupted_measurement_is_made_again(tmp_path):
+    with Ranks(2) as ranks:
+        assert ranks.run(interrupted, str(tmp_path / "sp.json")) == [[(None, 0), (None, 1)]] * 2
+
+
+def test_time_is_checked_before_every_measurement(tmp_path):
+    with Ranks(2) as ranks:
+        options = {"minutes": 0.0}
+        (complete, _), _ = ranks.run(run_bench_for, str(tmp_path / "sp.json"), [128], ["window"], options)
+    assert not complete
+
+
+def run_bench_for(path, contexts, methods, options):
+    return run_bench(path, contexts, methods, **options)
+
+
+def test_a_timeline_is_drawn_and_one_without_exchange_refused(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    kernels = [
+        ["gemm", "compute", 0, 300],
+        ["nccl SendRecv", "exchange", 100, 200],
+        ["gemm", "compute", 310, 600],
+    ]
+    row = {"method": "pi", "window": 4, "num_skips": 1, "tokens": 64, "world_size": 2}
+    row |= {"overlap": "interior", "exchange": "all_to_all", "exposed_share": 0.01}
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"row": row, "kernels": kernels}))
+    draw_timeline(trace, tmp_path / "step.svg")
+    assert "rows travel" in (tmp_path / "step.svg").read_text()
+    trace.write_text(json.dumps({"row": row, "kernels": kernels[:1]}))
+    with pytest.raises(UserError, match="nothing to draw"):
+        draw_timeline(trace, tmp_path / "none.svg")
 
 
 def refused(path, presets):

@@ -121,13 +121,13 @@ class Batch:
 
     tokens int64 [B, m], 0 at padding; labels int64 [B, m], the next token of the same document, -100 where
     there is none; segment_ids int32 [B, m], number of the document's piece within its sequence, -1 at
-    padding. starts: positions in the sequence where the equally long runs of columns begin. row_start: row of
-    the optimizer step's batch of row 0.
+    padding, or None: every sequence is one document, without padding. starts: positions in the sequence where
+    the equally long runs of columns begin. row_start: row of the optimizer step's batch of row 0.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    segment_ids: torch.Tensor
+    segment_ids: torch.Tensor | None
     starts: tuple[int, ...]
     row_start: int
 

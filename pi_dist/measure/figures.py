@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_dist.config import ModelConfig
+from pi_dist.config import ModelConfig, UserError
 from pi_dist.measure.reach import ReachReport, report
 from pi_dist.ops.pattern import PiPattern
 
@@ -320,7 +320,7 @@ def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
     lanes = {"compute": "compute", "exchange": "rows travel", "collective": "ZeRO"}
     exchanges = [(start, stop) for _, kind, start, stop in content["kernels"] if kind == "exchange"]
     if not exchanges:
-        raise ValueError(f"{trace}: exchanges ({len(exchanges)}) >= 1 does not hold")
+        raise UserError(f"{trace}: exchanges on a GPU ({len(exchanges)}) >= 1 does not hold; nothing to draw")
     middle, width = exchanges[len(exchanges) // 2][0], max(500.0, 6 * max(b - a for a, b in exchanges))  # µs
     begin, end = middle - width / 2, middle + width / 2
     with plt.rc_context(_STYLE):
@@ -338,7 +338,8 @@ def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
         axes.set_xlabel("ms")
         row = content["row"]
         axes.set_title(
-            f"{row['tokens']:,} tokens on {row['world_size']} GPUs, {row['overlap']}, {row['exchange']}: "
+            f"{row['method']}, k = {row['window']}, M = {row['num_skips']}, {row['tokens']:,} tokens on "
+            f"{row['world_size']} GPUs, {row['overlap']}, {row['exchange']}: "
             f"{row['exposed_share']:.1%} of the step is exchange that nothing covers",
             **_HEADING,
         )

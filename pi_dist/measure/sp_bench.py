@@ -103,7 +103,9 @@ def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterato
                             )
                             yield mode, False
                     yield Setup(preset, method, **WIDE, batch=2), False  # what pipelined is compared with
-            elif (method == "dense") == (num_ranks == 1):  # ring and ulysses are dense on one rank
+            elif method == "window" or (method == "dense") == (
+                num_ranks == 1
+            ):  # others are dense on one rank
                 yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
 
 
@@ -113,7 +115,7 @@ def random_batch(config: Config, mesh: Mesh) -> Batch:
     shape = (t.micro_batch_size, t.context // mesh.sp_degree)
     tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
     starts = shard_starts(t.context, mesh.sp_degree, mesh.sp_rank, config.balanced)
-    return Batch(tokens, labels, torch.zeros(shape, dtype=torch.int32), starts=starts, row_start=0)
+    return Batch(tokens, labels, None, starts=starts, row_start=0)
 
 
 class _Steps:
@@ -169,14 +171,23 @@ def measure(
         "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
         "fits": True,
     }
+    if cuda:
+        row |= {key: _most(row[key], mesh) for key in ("peak_mib", "reserved_mib")}
     for kind, name in (("exchange", "exposed"), ("collective", "zero_exposed")):
-        ms, exposed = exposed_ms(kernels, kind) if cuda else (None, None)
+        ms, exposed = (_most(x, mesh) for x in exposed_ms(kernels, kind)) if cuda else (None, None)
         row |= {
             f"{kind}_ms": ms and round(ms, 3),
             f"{name}_ms": exposed if exposed is None else round(exposed, 3),
         }
     row["exposed_share"] = round(row["exposed_ms"] / row["ms"], 4) if cuda else None
     return row, kernels
+
+
+def _most(value: float, mesh: Mesh) -> float:
+    """The largest of the ranks: causal, the first rank waits for nobody."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
 
 
 def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | None:
@@ -254,7 +265,8 @@ def bench(
 ) -> bool:
     """Measure what the record at `path` lacks, for about so many minutes; True if all is there.
 
-    Every rank of the launcher calls it. trace: where rank 0 writes the kernels of the last setup's step.
+    Every rank of the launcher calls it. trace: where the last rank writes the kernels of the first step that
+    it measures, unless the file is there.
 
     Raises:
         UserError: an unknown preset or method, or a record of another device or of other versions.
@@ -262,7 +274,7 @@ def bench(
     for name, given, known in (("presets", presets, tuple(PRESETS)), ("methods", methods, METHODS)):
         if not set(given) <= set(known):
             raise UserError(f"bench sp: {name} ({', '.join(given)}) in {known} does not hold")
-    began, ranks = time.monotonic(), world_size_from_launcher()
+    until, ranks = time.monotonic() + 60 * minutes, world_size_from_launcher()
     mesh = make_mesh(ranks, start(device, 180.0))
     precision = "bf16" if mesh.device.type == "cuda" else "fp32"
     record = _Record(path, mesh, precision)
@@ -271,12 +283,9 @@ def bench(
         wanted = [n for n in sorted(contexts) if everywhere or n in MODES_AT or n == min(contexts)]
         done = {row["tokens"] for row in record.of(setup, ranks)}
         left = [n for n in wanted if n not in done]
-        if not left:
-            continue
-        if _agreed(time.monotonic() - began > 60 * minutes):
-            complete = False
+        complete = not left or _run(setup, left, mesh, record, device, precision, trace, until)
+        if not complete:
             break
-        _run(setup, left, mesh, record, device, precision, trace)
     if mesh.rank == 0:
         print(
             f"{len(record.content['rows'])} rows in {path}" + ("" if complete else "; run it again to go on")
@@ -299,45 +308,61 @@ def _run(
     device: str,
     precision: str,
     trace: str | None,
-) -> None:
-    """Rows of one setup at these contexts, ascending."""
+    until: float,
+) -> bool:
+    """Rows of one setup at these contexts, ascending; False if it is time to stop."""
     engine = model = None
-    for tokens in contexts:
-        empty = vars(setup) | {"tokens": tokens, "world_size": mesh.world_size, "sp_degree": mesh.sp_degree}
-        empty |= {"ms": None, "measured": False, "fits": True}
-        try:
-            config = setup.config(tokens, mesh.world_size, device, precision)
-        except ConfigError as reason:
-            record.add(empty | {"note": str(reason)})
-            continue
-        rows = record.of(setup, mesh.world_size)
-        what = [*vars(setup).values(), tokens, mesh.world_size]
-        guess = predicted(rows, tokens) if setup.method in EXACT_METHODS else None
-        if any(not row["fits"] for row in rows) or record.content["settings"]["attempting"] == what:
-            record.add(empty | {"fits": False, "note": "out of memory"})
-        elif guess is not None and guess["ms"] > SLOWEST_MS:
-            shape = step_row(
-                config, mesh.world_size, guess["ms"] / 1e3, model.num_parameters() if model else None
-            )
-            record.add(shape | {"preset": setup.preset, "fits": True} | guess | {"measured": False})
-        else:
-            record.attempt(what)
+    try:
+        for tokens in contexts:
+            empty = vars(setup) | {
+                "tokens": tokens,
+                "world_size": mesh.world_size,
+                "sp_degree": mesh.sp_degree,
+            }
+            empty |= {"ms": None, "measured": False, "fits": None}
             try:
+                config = setup.config(tokens, mesh.world_size, device, precision)
+            except ConfigError as reason:
+                record.add(empty | {"note": str(reason)})
+                continue
+            rows, what = record.of(setup, mesh.world_size), [*vars(setup).values(), tokens, mesh.world_size]
+            guess = predicted(rows, tokens) if setup.method in EXACT_METHODS else None
+            if any(row["fits"] is False for row in rows):
+                record.add(empty | {"fits": False, "note": "out of memory at a shorter context"})
+            elif record.content["settings"]["attempting"] == what:
+                record.add(empty | {"note": "the process ended while this was measured"})
+            elif guess is not None and guess["ms"] > SLOWEST_MS:
+                shape = step_row(config, mesh.world_size, guess["ms"] / 1e3, None)
+                fits = "peak_mib" not in guess or guess["peak_mib"] < _capacity_mib(mesh)
+                record.add(shape | {"preset": setup.preset, "fits": fits} | guess | {"measured": False})
+            elif _agreed(time.monotonic() > until):
+                return False
+            else:
+                record.attempt(what)
                 if engine is None:
                     model = PiTransformer(config.model, tokens, activation_checkpointing=True)
                     engine = Engine(model, config, mesh)
                 row, kernels = measure(engine, mesh, config, model)
-            except torch.OutOfMemoryError:
-                record.add(empty | {"fits": False, "measured": True, "note": "out of memory"})
-                continue
-            record.add({"preset": setup.preset} | row)
-            if trace is not None and mesh.rank == 0:
-                content = {"row": row, "kernels": [list(kernel) for kernel in kernels]}
-                Path(trace).write_text(json.dumps(content))
-    if engine is not None:
-        engine.close()
-        del engine, model
-        gc.collect()  # the next setup's memory is to be its own
+                record.add({"preset": setup.preset} | row)
+                if trace is not None and mesh.rank == mesh.world_size - 1 and not Path(trace).exists():
+                    content = {"row": row, "kernels": [list(kernel) for kernel in kernels]}
+                    Path(trace).write_text(json.dumps(content))
+    except torch.OutOfMemoryError:  # the others may be in a collective: only a new process can go on
+        record.add(empty | {"fits": False, "measured": True, "note": "out of memory"})
+        raise UserError("bench sp: out of memory, which is in the record; run it again to go on") from None
+    except BaseException:
+        record.attempt(None)
+        raise
+    finally:
+        if engine is not None:
+            engine.close()
+            del engine, model
+            gc.collect()  # the next setup's memory is to be its own
+    return True
+
+
+def _capacity_mib(mesh: Mesh) -> float:
+    return torch.cuda.get_device_properties(mesh.device).total_memory / 2**20
 
 
 def _line(row: dict[str, Any]) -> str:

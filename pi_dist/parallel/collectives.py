@@ -11,8 +11,8 @@ def ring_exchange(
 ) -> list[dist.Work]:
     """Start sends to and receives from ranks of `group`; returns what to wait for.
 
-    At most one message per ordered pair of ranks may be under way: NCCL matches messages of a pair by order,
-    so two of them could swap.
+    A call has at most one message per ordered pair of ranks: NCCL matches messages of a pair by order, so two
+    of a call could swap. Calls may overlap if all ranks make them in one order.
 
     Raises:
         ValueError: two messages of one pair, or a message to oneself (gloo has none).

@@ -106,11 +106,13 @@ def start(device_choice: str, timeout_s: float) -> torch.device:
 
 
 def _store_of_this_attempt(timeout_s: float) -> dict[str, Any]:
-    """Arguments of init_process_group under torchrun: its store, with names of their own for each restart.
+    """Arguments of init_process_group under torchrun on one node: its store, with names for each restart.
 
-    Left to itself, a restarted rank finds the addresses of its predecessors there (PyTorch 2.13).
+    Left to itself, a restarted rank finds the addresses of its predecessors there (PyTorch 2.13). On several
+    nodes the launchers count restarts apart; launch/torchrun.sh gives every restart a store of its own.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return {}
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],

@@ -40,7 +40,7 @@ def summed_loss(model: Model, mesh: Mesh, batch: Batch, parallel: ParallelConfig
 
     Documents and padding of the whole sequences travel here, once for all layers.
     """
-    labels = all_gather_tokens(batch.segment_ids.to(mesh.device), mesh.sp_group)
+    labels = _gathered_labels(mesh, batch)
     context = _context(mesh, batch, parallel, seed, labels)
     return model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device), context)
 
@@ -79,8 +79,14 @@ def evaluated_loss(
     return torch.stack([run(chunk) for chunk in numbers]).sum()
 
 
+def _gathered_labels(mesh: Mesh, batch: Batch) -> torch.Tensor | None:
+    """Documents of whole sequences, in the order of ranks."""
+    ids = batch.segment_ids
+    return None if ids is None else all_gather_tokens(ids.to(mesh.device), mesh.sp_group)
+
+
 def _context(
-    mesh: Mesh, batch: Batch, parallel: ParallelConfig, seed: int, labels: torch.Tensor
+    mesh: Mesh, batch: Batch, parallel: ParallelConfig, seed: int, labels: torch.Tensor | None
 ) -> SequenceContext:
     return SequenceContext(
         labels=labels,
@@ -106,8 +112,8 @@ def _chunks(
     seq_len = batch.tokens.shape[1] * mesh.sp_degree
     numbers = range(-(-seq_len // chunk_tokens))
     length = chunk_tokens // mesh.sp_degree  # tokens of a chunk on this rank
-    labels = all_gather_tokens(batch.segment_ids.to(mesh.device), mesh.sp_group)  # [B, n], rank by rank
-    if mesh.sp_degree > 1:
+    labels = _gathered_labels(mesh, batch)  # [B, n], rank by rank
+    if labels is not None and mesh.sp_degree > 1:
         labels = labels.unflatten(1, (mesh.sp_degree, -1, length)).transpose(1, 2).flatten(1)
     whole = dataclasses.replace(
         _context(mesh, batch, parallel, seed, labels),

@@ -285,6 +285,7 @@ class _Run:
         )
         last = len(batches) * num_chunks(training) - 1
         for number, loss_sum in enumerate(losses):
+            self.watch.at(step + 1, "forward and backward")
             total += loss_sum.detach()
             self.engine.backward(loss_sum, valid.to(loss_sum.dtype))
             if number < last:

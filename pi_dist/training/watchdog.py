@@ -3,11 +3,12 @@
 A thread of every rank writes a beat into the store of the process group: which section of which step its main
 thread is in. If the main thread stays in a section for too long, the thread reads everybody's beats twice:
 ranks whose beat stands still are stopped or cut off, and ranks in an earlier section keep the others waiting.
+Where rank 0 itself hosts the store (mpirun) and is the one that is stopped, nobody can be asked: the
+collectives of the others time out, half a minute later and without a name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -23,6 +24,8 @@ from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
+
+from pi_dist.config import ConfigError
 
 HUNG = 74  # EX_IOERR
 SECTIONS = ("data", "forward and backward", "update")  # of a step, in order
@@ -57,6 +60,10 @@ class Watchdog:
         name = [uuid4().hex]
         dist.broadcast_object_list(name, src=0)
         patience = timedelta(seconds=max(2.0, self._interval))
+        if "MASTER_ADDR" not in os.environ:
+            raise ConfigError(
+                "launch: MASTER_ADDR and MASTER_PORT are not set; the ranks watch each other there"
+            )
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
         return dist.PrefixStore(f"watchdog {name[0]}", store)
@@ -75,7 +82,10 @@ class Watchdog:
     def at(self, step: int, section: str | None) -> None:
         """The main thread enters a section of SECTIONS in optimizer step `step`; None: what may take long."""
         self._step, self._section, self._since = step, section, time.monotonic()
-        if self._since - self._armed > self._timeout_s / 8:  # for a main thread that never lets others run
+        if section is None:
+            faulthandler.cancel_dump_traceback_later()
+            self._armed = 0.0
+        elif self._since - self._armed > self._timeout_s / 8:  # for a main thread that lets no other run
             self._armed = self._since
             faulthandler.dump_traceback_later(2 * self._timeout_s + 60, exit=True)
 
@@ -83,8 +93,7 @@ class Watchdog:
         self._count += 1
         beat = {
             "count": self._count,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            "process": _process(os.getpid()),
             "step": self._step,
             "section": self._section,
             "seconds": time.monotonic() - self._since,
@@ -115,50 +124,67 @@ class Watchdog:
     def _tell_of_slow_ranks(self, beats: list[Beat]) -> None:
         """Say, once for each, that ranks have kept the others waiting for several beats."""
         places = [(b["step"], SECTIONS.index(b["section"])) if b["section"] else None for b in beats]
-        known = [place for place in places if place is not None]
+        if None in places:
+            return
+        first = max(places)
+        waited = max(b["seconds"] for b, place in zip(beats, places, strict=True) if place == first)
         behind = [
             rank
             for rank, (beat, place) in enumerate(zip(beats, places, strict=True))
-            if place is not None and place < max(known) and beat["seconds"] > 3 * self._interval
+            if place < first and min(waited, beat["seconds"]) > 3 * self._interval  # beats differ in age
         ]
-        if len(known) == len(places) and behind and self._told != (behind, beats[behind[0]]["step"]):
+        if behind and self._told != (behind, beats[behind[0]]["step"]):
             self._told = (behind, beats[behind[0]]["step"])
             self._say("warning: " + "; ".join(f"rank {r} is behind, {_place(beats[r])}" for r in behind))
 
-    def _standing_still(self) -> tuple[list[int], list[str]]:
-        """(processes on this host without a beat for a while, what this rank is to say of all)."""
+    def _standing_still(self) -> tuple[list[list[Any]], list[str]]:
+        """(processes without a beat for a while, what this rank is to say of all)."""
         before = self._beats()
         for _ in range(3):
             time.sleep(self._interval)
             self._beat()
         after = self._beats()
         silent = [r for r in range(self._size) if before[r]["count"] == after[r]["count"]]
-        here = [after[r]["pid"] for r in silent if after[r]["host"] == socket.gethostname()]
-        waiting = [r for r in range(self._size) if r not in silent and after[r]["section"] is not None]
-        late = [r for r in waiting if after[r]["seconds"] > self._timeout_s]
+        gone = [after[r]["process"] for r in silent]
+        moving = [r for r in range(self._size) if r not in silent]
+        late = [r for r in moving if after[r]["section"] and after[r]["seconds"] > self._timeout_s]
         if late and self._rank != late[0]:
-            return here, []  # that one speaks
+            return gone, []  # that one speaks
         lines = [f"rank {r}: no sign of life; last seen {_place(after[r])}" for r in silent]
-        return here, lines + [f"rank {r}: {_place(after[r])}" for r in waiting]
+        return gone, lines + [f"rank {r}: {_place(after[r])}" for r in moving]
 
-    def _end(self, silent: list[int], lines: list[str]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            place = f"{self._section!r} of step {self._step}"
-            print(f"rank {self._rank}, pid {os.getpid()}, in {place}:", file=file, flush=True)
-            faulthandler.dump_traceback(file, all_threads=True)
-        if lines:
-            text = "\n  ".join([f"error: no step for {self._timeout_s:g} s", *lines])
-            print(f"{text}\n  stacks of the ranks: {self._path.parent}", file=sys.stderr, flush=True)
-        for pid in silent:  # a stopped process would outlive its launcher's patience
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        os._exit(HUNG)
+    def _end(self, silent: list[list[Any]], lines: list[str]) -> None:
+        threading.Timer(10.0, os._exit, (HUNG,)).start()  # if a file system hangs too
+        try:
+            if lines:
+                text = "\n  ".join([f"error: no step for {self._timeout_s:g} s", *lines])
+                print(f"{text}\n  stacks of the ranks: {self._path.parent}", file=sys.stderr, flush=True)
+            for process in silent:  # a stopped process would outlive its launcher's patience
+                if _process(process[0]) == process:
+                    os.kill(process[0], signal.SIGKILL)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                place = f"{self._section!r} of step {self._step}"
+                print(f"rank {self._rank}, pid {os.getpid()}, in {place}:", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"no stacks of rank {self._rank}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(HUNG)
+
+
+def _process(pid: int) -> list[Any]:
+    """What no other process has: its id, host, name space of ids, and start; if it is gone, the id alone."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return [pid, socket.gethostname(), os.readlink("/proc/self/ns/pid"), started]
+    except OSError:
+        return [pid]
 
 
 def _place(beat: Beat) -> str:
     if beat["section"] is None:
-        return f"after step {beat['step']}" if beat["step"] else "before the first step"
+        return f"after step {beat['step']}, for {beat['seconds']:.0f} s" if beat["step"] else "before step 1"
     return f"in {beat['section']!r} of step {beat['step']} for {beat['seconds']:.0f} s"
 
 
