@@ -131,7 +131,7 @@ def test_out_of_memory_ends_the_process_and_is_not_tried_again(tmp_path):
 
 
 def interrupted(path):
-    """What is noted as being attempted, and the number of rows, after an interrupted benchmark and another."""
+    """What is noted as being attempted, and the rows, after an interrupted benchmark and a whole one."""
     measure, contents = sp_bench.measure, []
 
     def stop(*_):
