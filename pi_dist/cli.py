@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from pi_dist.config import Config, ConfigError, ModelConfig, UserError, check, check_model, resolve
 
 BAD_INPUT = 2
+UNFINISHED = 75  # EX_TEMPFAIL: `pi-dist train --status` of a run that has steps left
 
 
 def _train_parser() -> ArgumentParser:
@@ -37,13 +38,25 @@ def _train_parser() -> ArgumentParser:
         metavar="RANKS",
         help="only check configuration and data for so many ranks, and leave",
     )
+    parser.add_argument(
+        "--status",
+        action="store_true",
+        help=f"only tell how far the run is, and leave: exit status 0 if it is complete, {UNFINISHED} if not "
+        "(a run that a signal stopped has saved its state and ends with exit status 0 too)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int | None,
+        default=None,
+        help="refuse to start unless there are so many ranks",
+    )
     parser.add_class_arguments(Config)
     return parser
 
 
 def _config(arguments: Namespace) -> Config:
     values = arguments.as_dict()
-    for flag in ("config", "record", "check"):
+    for flag in ("config", "record", "check", "status", "ranks"):
         del values[flag]
     return Config.from_dict(values)
 
@@ -66,16 +79,17 @@ def _train(arguments: Namespace) -> int:
     if arguments.record is not None and not os.path.isdir(os.path.dirname(arguments.record) or "."):
         raise ConfigError(f"record: {os.path.dirname(arguments.record)} is not a directory")
     if arguments.check is not None:
-        from pi_dist.data.shards import open_splits
-
-        config = _config(arguments)
-        check(config, arguments.check)
-        index, _ = open_splits(config.data)
-        resolve(config, index.vocab_size)
+        _check(_config(arguments), arguments.check)
         return 0
+    if arguments.status:
+        return _status(_config(arguments))
     import torch.distributed as dist
 
+    from pi_dist.parallel.process_group import check_world_size
     from pi_dist.training.trainer import train
+
+    if arguments.ranks is not None:
+        check_world_size(arguments.ranks)
 
     config, outcome = train(_config(arguments))
     if dist.get_rank() == 0:
@@ -85,6 +99,23 @@ def _train(arguments: Namespace) -> int:
 
             write(training_record(config, dist.get_world_size(), outcome), arguments.record)
     return 0
+
+
+def _check(config: Config, ranks: int) -> None:
+    """Raise ConfigError or ShardError unless the run can be trained on so many ranks."""
+    from pi_dist.data.shards import open_splits
+
+    check(config, ranks)
+    index, _ = open_splits(config.data)
+    resolve(config, index.vocab_size)
+
+
+def _status(config: Config) -> int:
+    from pi_dist.training.checkpoint import newest_step
+
+    step = newest_step(config.run_dir)
+    print(f"{config.run_dir}: step {step} of {config.training.steps} is saved")
+    return 0 if step >= config.training.steps else UNFINISHED
 
 
 def _closing(config: Config, outcome: Any) -> str:
@@ -416,6 +447,70 @@ def _bench(arguments: Namespace) -> int:
     return 0 if complete else 3
 
 
+def _submit_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Check a run, then submit it to SLURM: one torchrun on each node, saved and requeued "
+        "before the time limit and when preempted. Overrides of the configuration follow after --.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=str, required=True, help="YAML as `pi-dist train` takes it")
+    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
+    parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs to ask for on each; 0: none")
+    parser.add_argument(
+        "--ranks-per-node",
+        type=int | None,
+        default=None,
+        help="ranks on each node; default: one for each GPU",
+    )
+    parser.add_argument(
+        "--cpus-per-node", type=int | None, default=None, help="default: whole nodes, with all they have"
+    )
+    parser.add_argument(
+        "--time", type=str, required=True, help="limit as sbatch takes it: H:M:S, D-H, minutes"
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=300,
+        help="so many seconds before the limit the run saves and is requeued",
+    )
+    parser.add_argument("--max-requeues", type=int, default=20, help="the job ends after so many")
+    parser.add_argument("--partition", type=str | None, default=None, help="default: the cluster's")
+    parser.add_argument("--account", type=str | None, default=None, help="default: the user's")
+    parser.add_argument("--qos", type=str | None, default=None, help="default: the user's")
+    parser.add_argument("--constraint", type=str | None, default=None, help="features of nodes; default: any")
+    parser.add_argument("--job-name", type=str | None, default=None, help="default: the run directory's")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    parser.add_argument("overrides", nargs="*", default=[], help="after --: as `pi-dist train` takes them")
+    return parser
+
+
+def _submit(arguments: Namespace) -> int:
+    from pathlib import Path
+
+    from pi_dist.launching.submit import Job, batch_script, check_job, submit
+
+    asked = arguments.as_dict()
+    config = read_config([f"--config={asked.pop('config')}", *asked.pop("overrides")])
+    dry_run, name, run_dir = asked.pop("dry_run"), asked.pop("job_name"), Path(config.run_dir).absolute()
+    if asked["ranks_per_node"] is None:
+        asked["ranks_per_node"] = asked["gpus_per_node"]
+    job = Job(name=run_dir.name if name is None else name, run_dir=run_dir, work_dir=Path.cwd(), **asked)
+    check_job(job)
+    _check(config, job.ranks)
+    if dry_run:
+        print(batch_script(job), end="")
+        return 0
+    number = submit(job, config)
+    print(
+        f"submitted job {number}: {job.nodes} nodes with {job.ranks_per_node} ranks each, {job.script}\n"
+        f"  follow   tail -F {shlex.quote(str(run_dir / f'job-{number}.log'))}\n"
+        f"  state    squeue --jobs={number}\n"
+        f"  cancel   scancel {number}"
+    )
+    return 0
+
+
 def _print_or_write(result: dict, path: str | None, words: str) -> None:
     """Words to a person, or JSON to a file or (path "-") standard output."""
     if path is None:
@@ -433,6 +528,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], in
     "train": (_train_parser, _train, "train or resume a run"),
     "eval": (_eval_parser, _eval, "loss of a checkpoint on prepared data"),
     "generate": (_generate_parser, _generate, "continue a text with a trained model"),
+    "submit": (_submit_parser, _submit, "check a run and submit it to SLURM"),
     "reach": (_reach_parser, _reach, "how far back a configuration can see"),
     "bench": (_bench_parser, _bench, "time kernels beside their floor, or training steps of every method"),
     "doctor": (_doctor_parser, _doctor, "what this machine has, and what is missing"),

@@ -19,7 +19,19 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {"pyproject.toml", "pi_dist", "launch", "kernels", "tests", "slurm", "README.md", "LICENSE"}
-ROOMS = ("kernels", "config", "ops", "parallel", "model", "data", "training", "inference", "measure", "cli")
+ROOMS = (
+    "kernels",
+    "config",
+    "ops",
+    "parallel",
+    "model",
+    "data",
+    "training",
+    "inference",
+    "measure",
+    "launching",
+    "cli",
+)
 DEEPSPEED_FILE = "pi_dist/training/deepspeed_engine.py"
 
 
@@ -110,7 +122,7 @@ def test_wheel_holds_pi_dist_only_and_all_of_it(tmp_path: Path):
     assert {name.split("/")[0] for name in names} == {"pi_dist", info}
     assert {name for name in names if name.endswith(".py")} == _package_sources(files)
     records = {path for path in files if re.fullmatch(r"pi_dist/measure/records/[^/]*\.json", path)}
-    assert records <= set(names)
+    assert records | {"pi_dist/slurm/train.sbatch"} <= set(names)
     assert "pi_dist.cli:main" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in names
 

@@ -32,6 +32,13 @@ def world_size_from_launcher() -> int:
     return 1
 
 
+def check_world_size(ranks: int) -> None:
+    """Raise ConfigError unless the launcher started exactly so many ranks."""
+    started = world_size_from_launcher()
+    if started != ranks:
+        raise ConfigError(f"launch: world size ({started}) == ranks ({ranks}) does not hold")
+
+
 def _rendezvous_by_mpi() -> None:
     """Set what torchrun would have set, from mpi4py: rank 0's address and a free port are broadcast."""
     from mpi4py import MPI

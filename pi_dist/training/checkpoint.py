@@ -154,6 +154,11 @@ def _candidates(run_dir: str | Path) -> list[Path]:
     return sorted(directory(run_dir).glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+def newest_step(run_dir: str | Path) -> int:
+    """The step of a run's newest checkpoint by its name, unread; 0 if there is none."""
+    return next((int(path.name.removeprefix("step-")) for path in _candidates(run_dir)), 0)
+
+
 def verify(path: str | Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest, before anything is read from it.
 
