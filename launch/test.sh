@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them. Ends with pytest's summary line and its exit status.
 #
-#   bash launch/test.sh [--slow] [pytest arguments]      paths are relative to the top of the repository
+#   bash launch/test.sh [--slow | --slurm] [pytest arguments]      paths are relative to the top of the repository
 #
-#   bash launch/test.sh                                  everything but the tests marked slow
-#   bash launch/test.sh --slow                           everything
+#   bash launch/test.sh                                  everything but the tests marked slow or slurm
+#   bash launch/test.sh --slow                           everything but the tests marked slurm
+#   bash launch/test.sh --slurm                          those marked slurm: a real SLURM on this machine, installed
+#                                                        with apt where it is missing; skipped where it cannot be had
 #   bash launch/test.sh tests/test_pattern.py -k reach   some
+#   bash launch/test.sh ... --no-skips                   a test that is skipped fails
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
-options=(-m "not slow")
+which="not slow and not slurm"
 arguments=()
 for argument in "$@"; do
-    if [[ "$argument" == --slow ]]; then options=(); else arguments+=("$argument"); fi
+    case "$argument" in
+        --slow) which="not slurm" ;;
+        --slurm) which="slurm" ;;
+        *) arguments+=("$argument") ;;
+    esac
 done
 
 bash "$root/launch/install.sh" test
 cd -- "$root"
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest ${options[@]+"${options[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -m "$which" ${arguments[@]+"${arguments[@]}"}

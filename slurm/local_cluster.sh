@@ -13,7 +13,8 @@
 #   --port PORT  the first of about 1000 ports on the loopback address or in the namespaces (default 17000)
 #   --wipe       remove DIR afterwards
 # Partitions: debug (default) and high, whose jobs preempt those of debug: USR1, 10 s later TERM, then requeued.
-# down ends the jobs and leaves no process, namespace or route behind. Both may be repeated.
+# down ends the jobs and leaves no process, namespace or route behind. Both may be repeated. Exit status 3: SLURM is not
+# here and cannot be installed.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
@@ -22,7 +23,7 @@ cpus=4 gpus=8 subnet=10.77.0
 
 fail() {
     printf 'local_cluster: %s\n' "$*" >&2
-    exit 1
+    exit "${status:-1}"
 }
 
 usage() {
@@ -70,7 +71,7 @@ until_true() {
 }
 
 install_packages() {
-    local program missing=""
+    local program missing="" status=3
     for program in slurmctld slurmd sbatch munged; do
         command -v "$program" >/dev/null || missing+=" $program"
     done

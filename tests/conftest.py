@@ -6,6 +6,18 @@ settings.register_profile("untimed", deadline=None)  # machines are shared: no t
 settings.load_profile("untimed")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("no_skips"):
+        report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"
+    return report
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(n)`: n processes over gloo, started once and shared by the tests that leave no state behind."""

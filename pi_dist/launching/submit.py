@@ -101,6 +101,9 @@ def check_job(job: Job) -> None:
     for key in ("name", "run_dir", "work_dir", "partition", "account", "qos", "constraint"):
         text = str(getattr(job, key))
         _require(text.isprintable(), key, f"{text!r} has printable characters only:")
+    _require(
+        "\\" not in str(job.run_dir), "run_dir", f"no backslash in {job.run_dir}, the path of a log of SLURM:"
+    )
 
 
 def _require(holds: bool, key: str, equation: str) -> None:
@@ -109,12 +112,12 @@ def _require(holds: bool, key: str, equation: str) -> None:
 
 
 def _sbatch_quoted(text: str) -> str:
-    """For a `#SBATCH` line: spaces need quotes, in which # still begins a comment and a backslash still escapes."""
+    """For a `#SBATCH` line: spaces need quotes; within them # still begins a comment, a backslash escapes."""
     return '"' + re.sub(r"([\"'#\\])", r"\\\1", text) + '"'
 
 
 def _header(job: Job) -> list[str]:
-    """The `#SBATCH` lines. The job starts in run_dir: % in a path would count in the name of the log."""
+    """The `#SBATCH` lines; in the name of the log % stands for something, and %% for itself."""
     options: dict[str, object] = {
         "job-name": job.name,
         "partition": job.partition,
@@ -128,8 +131,8 @@ def _header(job: Job) -> list[str]:
         "time": job.time,
         "signal": f"USR1@{job.grace}",
         "open-mode": "append",
-        "chdir": job.run_dir,
-        "output": "job-%j.log",
+        "chdir": job.work_dir,
+        "output": f"{str(job.run_dir).replace('%', '%%')}/job-%j.log",
     }
     lines = [f"--{key}={_sbatch_quoted(str(value))}" for key, value in options.items() if value is not None]
     lines += ["--requeue"] + (["--exclusive", "--mem=0"] if job.cpus_per_node is None else [])
@@ -148,7 +151,6 @@ def _settings(job: Job) -> list[str]:
         *(f"{name}={shlex.quote(word)}" for name, word in words.items()),
         *(f"{name}={number}" for name, number in numbers.items()),
         f"arguments=({shlex.quote(f'--config={job.config}')})",
-        f"cd -- {shlex.quote(str(job.work_dir))}",
     ]
 
 

@@ -1,0 +1,309 @@
+"""Training through a real SLURM of four nodes on this machine: submit, preempt, requeue, lose a node, refuse.
+
+Nodes are network namespaces with addresses and host names of their own where root may make them, else names
+of this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parents[1]
+STEPS = 60
+NO_SLURM = 3  # local_cluster.sh: it is not here and cannot be installed
+HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` %j #1 ; touch pwned & \u03c0'
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A running cluster: `on` gives what a command prints on one of its hosts ("ctl" is the login node)."""
+
+    directory: Path
+    namespaces: bool
+
+    def on(self, host: str, *command: object, **options) -> str:
+        words = [str(self.directory / "on"), host, *map(str, command)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, **options)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says, by field."""
+        text = self.on("ctl", "scontrol", "--oneliner", "show", "job", number)
+        return dict(word.split("=", 1) for word in text.split(" ") if "=" in word)
+
+    def ended(self, number: str, timeout_s: float) -> str:
+        """Wait for a job's end; returns its state."""
+        states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        until(lambda: self.job(number)["JobState"] in states, timeout_s, lambda: str(self.job(number)))
+        return self.job(number)["JobState"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Submitted:
+    number: str
+    run_dir: Path
+
+    @property
+    def log(self) -> str:
+        path = self.run_dir / f"job-{self.number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def reaches(self, text: str, timeout_s: float = 90) -> None:
+        until(lambda: text in self.log, timeout_s, lambda: self.log)
+
+
+def until(holds: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what()}"
+        time.sleep(0.1)
+
+
+def local_cluster(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "slurm" / "local_cluster.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    directory = Path(tempfile.mkdtemp(prefix="pi-slurm-"))
+    may = os.geteuid() == 0 and subprocess.run(["unshare", "-mnu", "true"], stderr=subprocess.DEVNULL)
+    namespaces = bool(may) and may.returncode == 0
+    options = ["--nodes", 4, "--dir", directory, *(["--netns"] if namespaces else [])]
+    try:
+        started = local_cluster("up", *options)
+        if started.returncode == NO_SLURM:
+            pytest.skip(started.stderr.strip().splitlines()[-1])
+        assert started.returncode == 0, started.stderr
+        yield Cluster(directory, namespaces)
+    finally:
+        stopped = local_cluster("down", "--wipe", "--dir", directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        assert stopped.returncode == 0, stopped.stderr
+
+
+@pytest.fixture
+def submit(cluster, corpus, tmp_path):
+    """`submit(name, *options, overrides)`: a small run of 60 steps on 2 nodes, two ranks, sp 2."""
+    return make_submit(cluster, corpus, tmp_path)
+
+
+def make_submit(cluster: Cluster, corpus: Path, folder: Path) -> Callable[..., Submitted]:
+    config = {
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "attention_dropout": 0.1},
+        "data": {"train": str(corpus / "train")},
+        "parallel": {"sp_degree": 2, "zero_stage": 2, "device": "cpu", "timeout_s": 60},
+        "training": {"context": 128, "batch_size": 4, "steps": STEPS, "warmup_steps": 2, "save_every": 10},
+    }
+    (folder / "a config.yaml").write_text(yaml.safe_dump(config))
+
+    def submit(
+        name: str, *options: str, overrides: tuple[str, ...] = (), env: dict | None = None
+    ) -> Submitted:
+        asked = ["--config=a config.yaml", "--gpus-per-node=1", "--time=0:20:00", "--grace=60", *options]
+        if not any(option.startswith("--nodes") for option in options):
+            asked.append("--nodes=2")
+        command = (sys.executable, "-m", "pi_dist", "submit", *asked, "--", f"--run_dir={name}", *overrides)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
+        out = cluster.on("ctl", *command, cwd=folder, env=environment)
+        return Submitted(out.split("submitted job ")[1].split(":")[0], folder / name)
+
+    return submit
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss of every step; of a step made twice, the later one's."""
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {point.step: point.value for point in events.Scalars("train/loss")}
+
+
+def assert_same_training(run_dir: Path, other: Path) -> None:
+    """Bit for bit: every loss and every weight."""
+    assert losses(run_dir) == losses(other) and len(losses(run_dir)) == STEPS
+    a, b = (
+        load_file(d / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors") for d in (run_dir, other)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def ranks_of(job: Submitted) -> dict[int, int]:
+    """Process numbers of a job's ranks (their loader processes were started later)."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = dict(
+                e.split("=", 1) for e in (folder / "environ").read_text().split("\0") if "=" in e
+            )
+        except (OSError, UnicodeDecodeError):
+            continue
+        if environment.get("SLURM_JOB_ID") == job.number and "LOCAL_RANK" in environment:
+            rank, number = int(environment["RANK"]), int(folder.name)
+            found[rank] = min(found.get(rank, number), number)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, corpus, tmp_path_factory) -> Submitted:
+    """The run that the others must equal, in a directory and under a name that bash must not read."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = make_submit(cluster, corpus, folder)(HOSTILE, "--gpus-per-node=1")
+    assert cluster.ended(job.number, 120) == "COMPLETED", job.log
+    assert not list(folder.rglob("pwned"))
+    return job
+
+
+def test_a_submitted_run_trains_on_two_nodes(cluster, undisturbed):
+    assert f"step {STEPS}/{STEPS}  loss " in undisturbed.log and "Traceback" not in undisturbed.log
+    assert "2 ranks on cpu (dp 1 × sp 2)" in undisturbed.log
+    assert f"step {STEPS} of {STEPS} is saved" in undisturbed.log
+    assert len(losses(undisturbed.run_dir)) == STEPS
+    name = cluster.on("ctl", "squeue", "--states=all", "-h", "-j", undisturbed.number, "-o", "%j")
+    assert name == HOSTILE + "\n"
+    logs = {p.parent.name for p in undisturbed.run_dir.glob("logs/*/attempt_0/*/stdout.log")}
+    assert logs == {"0"} and len(list(undisturbed.run_dir.glob("logs/*"))) == 2  # one rank on each node
+
+
+def test_four_nodes_train_the_same(cluster, undisturbed, submit):
+    job = submit("run", "--nodes=4")
+    assert cluster.ended(job.number, 150) == "COMPLETED", job.log
+    assert "4 ranks on cpu (dp 2 × sp 2)" in job.log
+    assert losses(job.run_dir) == pytest.approx(losses(undisturbed.run_dir), rel=1e-5)
+
+
+def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(cluster, undisturbed, submit):
+    job = submit("run")
+    job.reaches("step 15/")
+    cluster.on("ctl", "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    job.reaches("stopped by SIGUSR1 after step")
+    job.reaches("requeued, to go on from there")
+    until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 20, lambda: job.log)
+    assert cluster.job(job.number)["Restarts"] == "1"
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    assert cluster.ended(job.number, 120) == "COMPLETED", job.log
+    assert "resuming at step" in job.log and "requeued 1 times" in job.log
+    assert_same_training(job.run_dir, undisturbed.run_dir)
+
+
+def test_a_lost_node_requeues_the_run(cluster, undisturbed, submit):
+    if not cluster.namespaces:
+        pytest.skip("a node that can be lost whole needs root and network namespaces")
+    job = submit("run")
+    job.reaches("step 15/")
+    last = cluster.on("ctl", "scontrol", "show", "hostnames", cluster.job(job.number)["NodeList"]).split()[-1]
+    # like a power cut: the node's slurmd, its steps and its ranks, in the order of their start
+    numbers = cluster.on(last, "bash", "-c", "ip netns pids $(ip netns identify $$)").split()
+    mine = {str(os.getpid())}
+    for number in sorted(map(int, set(numbers) - mine)):
+        try:
+            os.kill(number, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 60, lambda: job.log)
+    assert cluster.job(job.number)["Restarts"] == "1"
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    assert cluster.ended(job.number, 120) == "COMPLETED", job.log
+    assert "resuming at step 10 from" in job.log and "NODE FAILURE" in job.log
+    assert_same_training(job.run_dir, undisturbed.run_dir)
+    assert local_cluster("up", "--nodes", 4, "--netns", "--dir", cluster.directory).returncode == 0
+
+
+def test_a_killed_rank_is_started_again_with_the_others(cluster, undisturbed, submit):
+    job = submit("run")
+    job.reaches("step 15/")
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    assert cluster.ended(job.number, 150) == "COMPLETED", job.log
+    assert "resuming at step 10 from" in job.log and "requeued 1 times" not in job.log
+    assert_same_training(job.run_dir, undisturbed.run_dir)
+
+
+def test_requeues_are_bounded_and_state_is_saved(cluster, submit):
+    job = submit("run", "--max-requeues=0", overrides=("--training.steps=100000", "--training.save_every=0"))
+    job.reaches("step 3/")
+    cluster.on("ctl", "scancel", "--signal=USR1", job.number)
+    assert cluster.ended(job.number, 60) == "FAILED"
+    assert "error: requeues (0) < max_requeues (0) does not hold; state is saved" in job.log
+    assert list(job.run_dir.glob("checkpoints/step-*"))
+
+
+def test_a_cancelled_run_saves_and_is_not_requeued(cluster, submit):
+    job = submit("run", overrides=("--training.steps=100000", "--training.save_every=0"))
+    job.reaches("step 3/")
+    cluster.on("ctl", "scancel", job.number)
+    assert cluster.ended(job.number, 60) == "CANCELLED"
+    until(lambda: "stopped by SIGTERM after step" in job.log, 20, lambda: job.log)
+    assert list(job.run_dir.glob("checkpoints/step-*")) and "requeued, to go on" not in job.log
+    until(lambda: not ranks_of(job), 20, lambda: f"left: {ranks_of(job)}")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--nodes=1"], "nodes of the job (1) == nodes (2) does not hold"),
+        (["--ntasks-per-node=2"], "tasks (4) == nodes (2) does not hold"),
+    ],
+)
+def test_a_script_for_another_world_size_is_refused(cluster, submit, options, named):
+    job = submit("run", overrides=("--training.steps=100000",))
+    cluster.on("ctl", "scancel", job.number)
+    number = cluster.on("ctl", "sbatch", "--parsable", *options, job.run_dir / "job.sbatch").strip()
+    assert cluster.ended(number, 20) == "FAILED"
+    log = Submitted(number, job.run_dir).log
+    assert named in log and "loss" not in log
+
+
+@pytest.mark.parametrize(
+    ("getent", "named"),
+    [
+        ("exit 2", "resolves to no address, and neither does its NodeAddr"),
+        (
+            '[[ "$2" == "$SLURMD_NODENAME" ]] && echo 127.0.1.1 || echo 10.77.0.2',
+            "the head node resolves to 127.0.1.1",
+        ),
+    ],
+)
+def test_a_head_node_that_cannot_be_reached_is_an_error_in_seconds(cluster, submit, tmp_path, getent, named):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "getent").write_text(f"#!/usr/bin/env bash\n{getent}\n")
+    (tmp_path / "bin" / "getent").chmod(0o755)
+    job = submit("run", env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert cluster.ended(job.number, 20) == "FAILED"
+    assert named in job.log and "loss" not in job.log
+
+
+def test_a_taken_port_is_an_error_in_seconds(cluster, submit):
+    job = submit("run")
+    cluster.on("ctl", "scancel", job.number)
+    sbatch = ("sbatch", "--parsable", "--hold", "--nodelist=node1,node2", job.run_dir / "job.sbatch")
+    number = cluster.on("ctl", *sbatch).strip()
+    port = 20000 + int(number) % 10000
+    code = f"import socket, time; s = socket.create_server(('', {port})); print(flush=True); time.sleep(60)"
+    listener = subprocess.Popen(
+        [str(cluster.directory / "on"), "node1", sys.executable, "-c", code], stdout=subprocess.PIPE
+    )
+    try:
+        listener.stdout.readline()
+        cluster.on("ctl", "scontrol", "release", number)
+        assert cluster.ended(number, 20) == "FAILED"
+    finally:
+        listener.kill()
+        listener.wait()
+    assert f"port {port} of the head node" in Submitted(number, job.run_dir).log
