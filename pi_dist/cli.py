@@ -329,20 +329,32 @@ def _reach(arguments: Namespace) -> int:
 
 def _doctor_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="What this machine has for training, and what is missing; "
-        "exit status 1 if it cannot train.",
+        description="What this machine has for training, and what is missing; exit status 1 if it cannot "
+        "train. Under torchrun or mpirun also whether ranks see each other, and how fast neighbours do.",
         exit_on_error=False,
     )
     parser.add_argument(
         "--json", type=str | None, default=None, help="write JSON there instead; - is standard output"
     )
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds after which a rank that does not answer is named"
+    )
     return parser
 
 
 def _doctor(arguments: Namespace) -> int:
-    from pi_dist.measure.doctor import describe, diagnose, to_json
+    from pi_dist.measure.doctor import Diagnosis, describe, diagnose, to_json
+    from pi_dist.parallel.process_group import world_size_from_launcher
 
     diagnosis = diagnose()
+    if world_size_from_launcher() > 1:
+        from pi_dist.measure.links import examine
+
+        found = examine(arguments.timeout)
+        diagnosis = Diagnosis((*diagnosis.findings, *found))
+        if os.environ["RANK"] != "0":  # it speaks only of what rank 0 does not hear of
+            print("".join(f"{finding.detail}\n" for finding in found), end="", file=sys.stderr)
+            return 1 if found else 0
     _print_or_write(to_json(diagnosis), arguments.json, describe(diagnosis))
     return 0 if diagnosis.ok else 1
 

@@ -1,7 +1,7 @@
 """What this machine has for training, what is missing, what that is needed for and how to get it.
 
-Looks only: starts no training, imports no DeepSpeed and opens no network connection. Torch is imported, and a
-GPU's context is opened where there is one.
+Looks only: starts no training, imports no DeepSpeed and opens no network connection (`links` does, between
+the ranks of a job). Torch is imported, and a GPU's context is opened where there is one.
 """
 
 from __future__ import annotations

@@ -63,6 +63,25 @@ def _rendezvous_by_mpi() -> None:
     }
 
 
+def find_launcher() -> None:
+    """Set RANK, WORLD_SIZE, MASTER_ADDR and so on as torchrun does, unless it has: from MPI, or for one rank.
+
+    Raises:
+        ConfigError: a launcher started several processes and did not tell them who they are.
+    """
+    if "RANK" in os.environ:
+        return
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        _rendezvous_by_mpi()
+        return
+    world_size_from_launcher()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def choose_device(choice: str, local_rank: int) -> torch.device:
     """The device of a local rank for parallel.device.
 
@@ -88,17 +107,10 @@ def start(device_choice: str, timeout_s: float) -> torch.device:
     Returns this rank's device.
 
     Raises:
-        ConfigError: no GPU for this rank, see `choose_device`.
+        ConfigError: no GPU for this rank, see `choose_device`; or see `find_launcher`.
     """
     if not dist.is_initialized():
-        if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" in os.environ:
-            _rendezvous_by_mpi()
-        if "RANK" not in os.environ:
-            with socket.socket() as listener:
-                listener.bind(("127.0.0.1", 0))
-                port = listener.getsockname()[1]
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        find_launcher()
     device = choose_device(device_choice, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)

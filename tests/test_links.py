@@ -1,0 +1,98 @@
+"""`pi-dist doctor` under a launcher: ranks that see each other, one that never comes, one that is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from distributed import free_port
+
+from pi_dist.measure.links import _link, _pairs
+
+ROOT = Path(__file__).parents[1]
+DOCTOR = (sys.executable, "-m", "pi_dist", "doctor", "--json", "-")
+
+
+def start_ranks(ranks: list[int], world_size: int, timeout_s: int, port: int) -> list[subprocess.Popen]:
+    """`pi-dist doctor` as these ranks of a job, without a launcher that would notice what is missing."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    started = []
+    for rank in ranks:
+        own = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        command = [*DOCTOR, "--timeout", str(timeout_s)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=pipe, stderr=pipe, text=True))
+    return started
+
+
+def findings(text: str) -> dict[str, dict]:
+    return {finding["name"]: finding for finding in json.loads(text)["findings"]}
+
+
+def test_ranks_see_each_other_and_links_are_timed():
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    done = subprocess.run(
+        [*torchrun, *DOCTOR[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    found = findings(done.stdout)
+    assert found["ranks"]["detail"] == "3 on 1 hosts see each other over gloo"
+    (link,) = [finding for name, finding in found.items() if name.startswith("within ")]
+    assert link["state"] == "ok" and "µs" in link["detail"] and "(ranks 0-1, 1-2, 0-2)" in link["detail"]
+    assert found["all_to_all"]["detail"].startswith("1 MiB from each rank to each: ")
+
+
+def test_a_rank_that_never_comes_is_named_in_bounded_time():
+    began = time.monotonic()
+    first, second = start_ranks([0, 2], 3, 4, free_port())
+    try:
+        out, _ = first.communicate(timeout=100)
+        second.communicate(timeout=100)
+    finally:
+        first.kill()
+        second.kill()
+    assert first.returncode == 1 and time.monotonic() - began < 60
+    assert findings(out)["rank 1"]["detail"] == "rank 1 has not answered within 4 s"
+
+
+def test_a_stopped_rank_is_named_with_its_host():
+    ranks = start_ranks([0, 1], 2, 6, free_port())
+    try:
+        time.sleep(0.5)  # it is importing torch
+        ranks[1].send_signal(signal.SIGSTOP)
+        out, _ = ranks[0].communicate(timeout=100)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 1
+    assert findings(out)["rank 1"]["detail"].endswith("has not answered within 6 s")
+
+
+def test_a_master_that_nobody_is_at_is_said_by_who_looks_for_it():
+    (rank,) = start_ranks([1], 2, 3, free_port())
+    _, error = rank.communicate(timeout=100)
+    assert rank.returncode == 1 and "rank 1 on " in error and "cannot reach rank 0 at 127.0.0.1:" in error
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7, 8])
+def test_every_neighbour_is_measured_once_and_no_rank_twice_at_a_time(world_size):
+    rounds = _pairs(world_size)
+    pairs = [pair for round_ in rounds for pair in round_]
+    wanted = {tuple(sorted((rank, (rank + 1) % world_size))) for rank in range(world_size)}
+    assert len(pairs) == len(set(pairs)) and set(pairs) == wanted
+    for round_ in rounds:
+        ranks = [rank for pair in round_ for rank in pair]
+        assert len(ranks) == len(set(ranks))
+
+
+def test_one_line_for_a_pair_of_hosts_and_the_worst_counts():
+    link = _link(("a", "b"), [((0, 1), [1e-6, 0.032]), ((2, 3), [5e-6, 0.064])])
+    assert link.name == "a - b" and link.detail == "5 µs, 0.52 GB/s (ranks 0-1, 2-3)"
+    broken = _link(("a", "a"), [((0, 1), [1e-6, 0.032]), ((1, 2), "timed out")])
+    assert (broken.name, broken.state, broken.detail) == ("within a", "missing", "ranks 1 and 2: timed out")
