@@ -10,6 +10,10 @@
 #   NODE_RANK     0 to NNODES - 1, another one on each node
 #   MASTER_ADDR   address of node 0 that the other nodes can reach
 #   MASTER_PORT   a port that is free on node 0
+# Or let the nodes find out who they are (torchrun's c10d rendezvous): no NODE_RANK, and
+#   RDZV_ID       a name of this job, the same on all nodes
+#   NNODES        may be MIN:MAX: training goes on with MIN nodes when others are lost, and takes them in again
+# MAX_RESTARTS (default 0): after a failure all ranks are started again, from the last checkpoint, so many times.
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank.
 set -euo pipefail
 
@@ -23,13 +27,18 @@ shift 2
 
 where=(--standalone)
 if [[ "${NNODES:-1}" != 1 ]]; then
-    for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
+    which="${RDZV_ID:+RDZV_ID}"
+    for name in "${which:-NODE_RANK}" MASTER_ADDR MASTER_PORT; do
         if [[ -z "${!name:-}" ]]; then
             echo "launch/torchrun.sh: NNODES is $NNODES, so $name must be set (see the top of this file)" >&2
             exit 2
         fi
     done
-    where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    if [[ -n "$which" ]]; then
+        where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
+    else
+        where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    fi
 fi
 
 bash "$root/launch/install.sh"
@@ -37,10 +46,14 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks="$nproc"
 if [[ "$nproc" == gpu ]]; then ranks="$("$root/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')"; fi
 # a bad configuration or bad data are refused here, in one line, before any rank starts
-"$root/.venv/bin/python" -m pi_dist train --check $((ranks * ${NNODES:-1})) --config "$config" "$@"
+for nodes in $(tr : '\n' <<<"${NNODES:-1}"); do
+    "$root/.venv/bin/python" -m pi_dist train --check $((ranks * nodes)) --config "$config" "$@"
+done
 # a signal to the launcher reaches the ranks, which save at the next step boundary; they have ten minutes for it
 # (30 seconds with torch 2.11, which does not know the variable)
-signals=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+signals=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+# a store of their own for each start of the ranks: a shared one still holds the addresses of those that died
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$root/.venv/bin/python" -m torch.distributed.run "${where[@]}" "${signals[@]}" --nproc-per-node "$nproc" \
-    -m pi_dist train --config "$config" "$@"
+    --max-restarts "${MAX_RESTARTS:-0}" -m pi_dist train --config "$config" "$@"

@@ -234,7 +234,18 @@ def test_torchrun_refuses_several_nodes_without_the_address_of_the_first(given: 
     assert run.returncode == 2 and f"{missing} must be set" in run.stderr
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
+def test_deepspeed_refuses_a_hostfile_without_hosts_and_a_rank_without_address(tmp_path: Path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# none\n")
+    run = _launch(ROOT / "launch/deepspeed.sh", "2", "none.yaml", HOSTFILE=str(hosts))
+    assert run.returncode == 2 and "has no line 'NAME slots=2'" in run.stderr
+    hosts.write_text("a slots=2\nb slots=2\n")
+    given = {"HOSTFILE": str(hosts), "NODE_RANK": "1", "MASTER_ADDR": ""}
+    run = _launch(ROOT / "launch/deepspeed.sh", "2", "none.yaml", **given)
+    assert run.returncode == 2 and "MASTER_ADDR must be too" in run.stderr
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("arguments", [(), ("2",), ("0", "c.yaml"), ("c.yaml", "2")])
 def test_launchers_show_their_usage(script: str, arguments: tuple[str, ...]):
     run = _launch(ROOT / "launch" / script, *arguments)
