@@ -249,7 +249,7 @@ our_processes() {
     local file name
     for file in "$dir"/run/slurmd.*.pid "$dir"/run/slurmctld.pid "$dir"/run/munged.pid; do
         name="$(basename "$file")"
-        if alive "$file" "${name%%.*}"; then cat "$file"; fi
+        if alive "$file" "${name%%.*}"; then cat "$file" 2>/dev/null || true; fi
     done
     for file in /proc/[0-9]*/environ; do
         name="${file//[!0-9]/}"

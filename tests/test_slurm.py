@@ -7,6 +7,7 @@ of this machine.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -307,3 +308,32 @@ def test_a_taken_port_is_an_error_in_seconds(cluster, submit):
         listener.kill()
         listener.wait()
     assert f"port {port} of the head node" in Submitted(number, job.run_dir).log
+
+
+def test_doctor_names_the_nodes_that_do_not_see_each_other(cluster, tmp_path):
+    """As slurm/interactive.sh shows it; between two of four nodes nothing passes."""
+    if not cluster.namespaces:
+        pytest.skip("a link that is cut needs root and network namespaces")
+    script = tmp_path / "doctor.sh"
+    script.write_text(
+        "#!/usr/bin/env bash\n"
+        f"exec srun --cpu-bind=none {sys.executable} -m torch.distributed.run --nnodes=4 --nproc-per-node=1 "
+        "--rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID "
+        "--rdzv-endpoint=$(scontrol show hostnames | head -n 1):29400 "
+        f"-m pi_dist doctor --timeout 8 --json {tmp_path}/found.json\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    routes = [("node2", "10.77.0.3/32"), ("node3", "10.77.0.2/32")]
+    for node, other in routes:
+        cluster.on(node, "ip", "route", "add", "unreachable", other)
+    try:
+        options = ("--parsable", "-N4", "--ntasks-per-node=1", "-o", tmp_path / "log")
+        number = cluster.on("ctl", "sbatch", *options, script, env=environment).strip()
+        assert cluster.ended(number, 100) == "FAILED"
+    finally:
+        for node, other in routes:
+            cluster.on(node, "ip", "route", "del", "unreachable", other)
+    found = json.loads((tmp_path / "found.json").read_text())
+    missing = {f["name"]: f["detail"] for f in found["findings"] if f["state"] == "missing" and f["required"]}
+    assert not found["ok"] and missing.keys() == {"rank 1", "rank 2"}
+    assert "rank 1 on node2" in missing["rank 1"] and "rank 2 on node3" in missing["rank 2"]

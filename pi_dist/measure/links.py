@@ -39,9 +39,9 @@ class _Job:
         """Leave a value for rank 0."""
         self.store.set(f"doctor/{what}/{self.rank}", json.dumps(value))
 
-    def collect(self, what: str, ranks: range | list[int]) -> dict[int, object]:
+    def collect(self, what: str, ranks: range | list[int], extra_s: float = 0.0) -> dict[int, object]:
         """What ranks have reported, waiting once for all of them; those that have not are missing."""
-        deadline, found = time.monotonic() + self.timeout_s, {}
+        deadline, found = time.monotonic() + self.timeout_s + extra_s, {}
         for rank in ranks:
             left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
             try:
@@ -78,7 +78,7 @@ def examine(timeout_s: float = 30.0) -> list[Finding]:
     hosts = job.collect("host", range(world_size))
     problem = _join(job, store, device, timeout)
     job.report("joined", problem)
-    joined = job.collect("joined", range(world_size))
+    joined = job.collect("joined", range(world_size), extra_s=5.0)  # who cannot join says so at the timeout
     complete = len(joined) == world_size and not any(joined.values())
     findings = _presence(job, hosts, joined)
     if complete:
