@@ -498,6 +498,7 @@ def _submit_parser() -> ArgumentParser:
 
 
 def _submit(arguments: Namespace) -> int:
+    import time
     from pathlib import Path
 
     from pi_dist.launching.submit import Job, batch_script, check_job, submit
@@ -507,7 +508,8 @@ def _submit(arguments: Namespace) -> int:
     dry_run, name, run_dir = asked.pop("dry_run"), asked.pop("job_name"), Path(config.run_dir).absolute()
     if asked["ranks_per_node"] is None:
         asked["ranks_per_node"] = asked["gpus_per_node"]
-    job = Job(name=run_dir.name if name is None else name, run_dir=run_dir, work_dir=Path.cwd(), **asked)
+    name, stamp = run_dir.name if name is None else name, time.strftime("%Y%m%d-%H%M%S")
+    job = Job(name=name, run_dir=run_dir, work_dir=Path.cwd(), stamp=stamp, **asked)
     check_job(job)
     _check(config, job.ranks)
     if dry_run:

@@ -284,7 +284,9 @@ down() {
     for name in "/run/netns/$prefix-"*; do
         if [[ -e "$name" ]]; then ip netns del "${name##*/}"; fi
     done
-    if [[ -e "$dir/hosts" ]]; then ip route del unreachable "$subnet.0/24" 2>/dev/null || true; fi
+    if [[ -e "$dir/hosts" ]] && ! compgen -G '/run/netns/pi*-ctl' >/dev/null; then # no other cluster needs it
+        ip route del unreachable "$subnet.0/24" 2>/dev/null || true
+    fi
     if [[ -n "$wipe" ]]; then rm -rf -- "$dir"; fi
 }
 

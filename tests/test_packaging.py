@@ -197,7 +197,7 @@ def test_every_dependency_has_an_exact_version_that_fits():
 
 
 def test_shell_scripts_parse():
-    scripts = [path for path in _all_files() if path.endswith(".sh")] + [".ci/run"]
+    scripts = [path for path in _all_files() if path.endswith((".sh", ".sbatch"))] + [".ci/run"]
     for script in scripts:
         checked = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr

@@ -63,6 +63,11 @@ class Submitted:
     run_dir: Path
 
     @property
+    def script(self) -> Path:
+        (path,) = self.run_dir.glob("job-*.sbatch")
+        return path
+
+    @property
     def log(self) -> str:
         path = self.run_dir / f"job-{self.number}.log"
         return path.read_text() if path.exists() else ""
@@ -241,7 +246,8 @@ def test_requeues_are_bounded_and_state_is_saved(cluster, submit):
     job.reaches("step 3/")
     cluster.on("ctl", "scancel", "--signal=USR1", job.number)
     assert cluster.ended(job.number, 60) == "FAILED"
-    assert "error: requeues (0) < max_requeues (0) does not hold; state is saved" in job.log
+    assert "requeues (0) < max_requeues (0) does not hold; state is saved" in job.log
+    assert cluster.job(job.number)["ExitCode"] == "75:0"
     assert list(job.run_dir.glob("checkpoints/step-*"))
 
 
@@ -265,7 +271,7 @@ def test_a_cancelled_run_saves_and_is_not_requeued(cluster, submit):
 def test_a_script_for_another_world_size_is_refused(cluster, submit, options, named):
     job = submit("run", overrides=("--training.steps=100000",))
     cluster.on("ctl", "scancel", job.number)
-    number = cluster.on("ctl", "sbatch", "--parsable", *options, job.run_dir / "job.sbatch").strip()
+    number = cluster.on("ctl", "sbatch", "--parsable", *options, job.script).strip()
     assert cluster.ended(number, 20) == "FAILED"
     log = Submitted(number, job.run_dir).log
     assert named in log and "loss" not in log
@@ -293,7 +299,7 @@ def test_a_head_node_that_cannot_be_reached_is_an_error_in_seconds(cluster, subm
 def test_a_taken_port_is_an_error_in_seconds(cluster, submit):
     job = submit("run")
     cluster.on("ctl", "scancel", job.number)
-    sbatch = ("sbatch", "--parsable", "--hold", "--nodelist=node1,node2", job.run_dir / "job.sbatch")
+    sbatch = ("sbatch", "--parsable", "--hold", "--nodelist=node1,node2", job.script)
     number = cluster.on("ctl", *sbatch).strip()
     port = 20000 + int(number) % 10000
     code = f"import socket, time; s = socket.create_server(('', {port})); print(flush=True); time.sleep(60)"

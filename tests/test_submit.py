@@ -99,8 +99,9 @@ def test_a_dry_run_prints_a_valid_script_and_writes_nothing(submit, capsys, tmp_
     assert {"requeue", "exclusive", "open-mode"} <= options.keys() and "account" not in options
     run_dir = tmp_path / "runs" / "small"
     names = ("nodes", "ranks_per_node", "python", "arguments", "logs")
-    values = ["2", "4", sys.executable, f"--config={run_dir}/job.yaml", f"{run_dir}/logs"]
-    assert settings_of(script, *names) == values
+    *values, arguments, logs = settings_of(script, *names)
+    assert values == ["2", "4", sys.executable] and logs == f"{run_dir}/logs"
+    assert re.fullmatch(re.escape(f"--config={run_dir}/job-") + r"\d{8}-\d{6}\.yaml", arguments)
     assert os.listdir(tmp_path) == ["c.yaml"]
 
 
@@ -115,8 +116,9 @@ def test_ranks_and_cpus_may_be_given(submit, capsys):
 def test_what_is_submitted_is_kept_and_said(submit, sbatch, capsys, tmp_path):
     assert submit(overrides=("--training.steps=9",)) == 0
     run_dir = tmp_path / "runs" / "small"
-    assert sbatch.read_text().splitlines() == ["--parsable", str(run_dir / "job.sbatch")]
-    assert yaml.safe_load((run_dir / "job.yaml").read_text())["training"]["steps"] == 9
+    (script,), (config,) = run_dir.glob("job-*.sbatch"), run_dir.glob("job-*.yaml")
+    assert sbatch.read_text().splitlines() == ["--parsable", str(script)]
+    assert yaml.safe_load(config.read_text())["training"]["steps"] == 9
     out = capsys.readouterr().out
     assert "submitted job 77" in out and f"tail -F {run_dir}/job-77.log" in out and "scancel 77" in out
 
@@ -124,14 +126,15 @@ def test_what_is_submitted_is_kept_and_said(submit, sbatch, capsys, tmp_path):
 def test_nothing_in_names_is_run(submit, sbatch, capsys, tmp_path):
     run_dir = f"runs/{HOSTILE}"
     assert submit(f"--job-name={HOSTILE}\\", f"--account={HOSTILE}", overrides=(f"--run_dir={run_dir}",)) == 0
-    script = (tmp_path / run_dir / "job.sbatch").read_text()
+    (script,) = (path.read_text() for path in (tmp_path / run_dir).glob("job-*.sbatch"))
+    (config,) = (tmp_path / run_dir).glob("job-*.yaml")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     options = options_of(script)
     assert options["job-name"] == HOSTILE + "\\" and options["account"] == HOSTILE
     assert options["chdir"] == str(tmp_path)
     assert options["output"] == f"{tmp_path}/{run_dir}/job-%j.log".replace("%j #", "%%j #")
     arguments, logs = settings_of(script, "arguments", "logs")
-    assert arguments == f"--config={tmp_path}/{run_dir}/job.yaml" and logs == f"{tmp_path}/{run_dir}/logs"
+    assert arguments == f"--config={config}" and logs == f"{tmp_path}/{run_dir}/logs"
     shown = re.search(r"follow   (.*)", capsys.readouterr().out)[1]
     assert shlex.split(shown) == ["tail", "-F", f"{tmp_path}/{run_dir}/job-77.log"]
     assert not list(tmp_path.rglob("pwned"))
@@ -147,6 +150,7 @@ def test_nothing_in_names_is_run(submit, sbatch, capsys, tmp_path):
             ["--parallel.sp_degree=4"],
             "world size (6) % sp_degree (4) == 0 does not hold",
         ),
+        (["--ranks-per-node=8"], [], "ranks_per_node (8) <= gpus_per_node (4) does not hold"),
         (["--gpus-per-node=16"], [], "batch_size (8) % (dp_degree (16)"),
         ([], ["--training.context=129"], "training.context (129) % sp_degree (2) == 0"),
         ([], ["--model.num_heads=5"], "hidden_size (32) % num_heads (5) == 0"),

@@ -31,6 +31,7 @@ class Job:
         name: of the job.
         run_dir: where the script, the configuration and the logs of the job go.
         work_dir: relative paths of the configuration start there.
+        stamp: part of the names of the job's files, so that a job that waits keeps its own.
         ranks_per_node: processes that torchrun starts on each node.
         time: limit, as sbatch takes it: minutes, H:M:S, days-hours, …
         grace: seconds before the limit at which the run is told to save.
@@ -42,6 +43,7 @@ class Job:
     name: str
     run_dir: Path
     work_dir: Path
+    stamp: str
     nodes: int
     gpus_per_node: int
     ranks_per_node: int
@@ -62,12 +64,12 @@ class Job:
     @property
     def script(self) -> Path:
         """Where the batch script is written."""
-        return self.run_dir / "job.sbatch"
+        return self.run_dir / f"job-{self.stamp}.sbatch"
 
     @property
     def config(self) -> Path:
         """Where the configuration is kept as submitted: a requeued job is the same run, whatever changed."""
-        return self.run_dir / "job.yaml"
+        return self.run_dir / f"job-{self.stamp}.yaml"
 
 
 def seconds_of(time: str) -> int:
@@ -92,6 +94,11 @@ def check_job(job: Job) -> None:
     for key, least in (("nodes", 1), ("gpus_per_node", 0), ("max_requeues", 0), ("grace", 1)):
         _require(getattr(job, key) >= least, key, f"{key} ({getattr(job, key)}) >= {least}")
     _require(job.ranks_per_node >= 1, "ranks_per_node", f"ranks_per_node ({job.ranks_per_node}) >= 1")
+    _require(
+        job.ranks_per_node <= job.gpus_per_node or job.gpus_per_node == 0,
+        "ranks_per_node",
+        f"ranks_per_node ({job.ranks_per_node}) <= gpus_per_node ({job.gpus_per_node})",
+    )
     if job.cpus_per_node is not None:
         _require(job.cpus_per_node >= 1, "cpus_per_node", f"cpus_per_node ({job.cpus_per_node}) >= 1")
     limit = seconds_of(job.time)
@@ -168,12 +175,14 @@ def submit(job: Job, config: Config) -> str:
 
     Raises:
         SubmissionError: there is no sbatch, or it refuses the job.
+        FileExistsError: a job with the same stamp was written there.
     """
     import yaml
 
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    job.config.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    job.script.write_text(batch_script(job))
+    with job.config.open("x", encoding="utf-8") as file:
+        yaml.safe_dump(config.to_dict(), file, sort_keys=False)
+    job.script.write_text(batch_script(job), encoding="utf-8")
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(job.script)],
