@@ -6,6 +6,7 @@ is stopped, or behind a firewall, is named by the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -36,8 +37,9 @@ class _Job:
     timeout_s: float
 
     def report(self, what: str, value: object) -> None:
-        """Leave a value for rank 0."""
-        self.store.set(f"doctor/{what}/{self.rank}", json.dumps(value))
+        """Leave a value for rank 0, unless it has ended; then it has named this rank."""
+        with contextlib.suppress(*_NO_ANSWER):
+            self.store.set(f"doctor/{what}/{self.rank}", json.dumps(value))
 
     def collect(self, what: str, ranks: range | list[int], extra_s: float = 0.0) -> dict[int, object]:
         """What ranks have reported, waiting once for all of them; those that have not are missing."""
