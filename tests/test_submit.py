@@ -182,6 +182,7 @@ def test_sbatch_that_refuses_or_is_not_there_is_one_line(submit, sbatch, capsys,
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit() == 2
     assert "no sbatch on PATH" in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "small").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def submit(job: Job, config: Config) -> str:
     """Write the job's files into its run directory and hand the script to sbatch; returns the job's id.
 
     Raises:
-        SubmissionError: there is no sbatch, or it refuses the job.
+        SubmissionError: there is no sbatch, or it refuses the job; the files are removed again.
         FileExistsError: a job with the same stamp was written there.
     """
     import yaml
@@ -184,12 +184,18 @@ def submit(job: Job, config: Config) -> str:
         yaml.safe_dump(config.to_dict(), file, sort_keys=False)
     job.script.write_text(batch_script(job), encoding="utf-8")
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(job.script)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        return _sbatch(job.script)
+    except SubmissionError:
+        job.script.unlink()
+        job.config.unlink()
+        raise
+
+
+def _sbatch(script: Path) -> str:
+    """The id that sbatch gives to the job of a script, or SubmissionError in its own words."""
+    command = ["sbatch", "--parsable", str(script)]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError as failure:
         raise SubmissionError("no sbatch on PATH: submit from a login node of the cluster") from failure
     if done.returncode != 0:
