@@ -12,8 +12,9 @@ chunks lie where they were computed, on this rank or another, and are needed lik
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 from pi_dist.ops.pattern import HeadGroup, PiPattern
 from pi_dist.ops.spec import KeyBlock, Run
@@ -178,7 +179,22 @@ def _owners(run: Run, seq_len: int, chunk_tokens: int, num_ranks: int) -> Iterat
         start = stop
 
 
-@lru_cache(maxsize=256)
+def _moved(value: Any, by: int) -> Any:
+    """A plan, or a part of one, `by` tokens later."""
+    match value:
+        case Run(start, stop):
+            return Run(start + by, stop + by)
+        case Message(peer, rows):
+            return Message(peer, _moved(rows, by))
+        case KeyBlock(heads, run):
+            return KeyBlock(heads, _moved(run, by))
+        case ExchangePlan():
+            parts = {field.name: getattr(value, field.name) for field in fields(value)}
+            fixed = {name: parts.pop(name) for name in ("groups", "any_halo", "any_skip")}
+            return ExchangePlan(**{name: _moved(part, by) for name, part in parts.items()}, **fixed)
+    return tuple(_moved(part, by) for part in value)
+
+
 def make_plan(
     pattern: PiPattern,
     num_heads: int,
@@ -204,12 +220,34 @@ def make_plan(
     """
     if seq_len % num_ranks:
         raise ValueError(f"seq_len ({seq_len}) % num_ranks ({num_ranks}) == 0 does not hold")
+    sizes = (pattern, num_heads, num_kv_heads, num_ranks, rank, fused)
     if chunk_tokens is None:
-        chunk_tokens = seq_len
-    elif chunk_tokens % num_ranks:
+        return _plan(*sizes, seq_len, seq_len, 0)
+    if chunk_tokens % num_ranks:
         raise ValueError(f"chunk_tokens ({chunk_tokens}) % num_ranks ({num_ranks}) == 0 does not hold")
-    elif not pattern.causal:
+    if not pattern.causal:
         raise ValueError("causal == true does not hold for chunks")
+    # what lies farther off than the reach changes nothing: all but a few chunks have one plan, moved
+    near = -(-pattern.reach() // chunk_tokens)
+    left_out = max(0, chunk - near) * chunk_tokens
+    shorter = min(seq_len, (chunk + 1 + near) * chunk_tokens) - left_out
+    plan = _plan(*sizes, shorter, chunk_tokens, min(chunk, near))
+    return _moved(plan, left_out) if left_out else plan
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    pattern: PiPattern,
+    num_heads: int,
+    num_kv_heads: int,
+    num_ranks: int,
+    rank: int,
+    fused: bool,
+    seq_len: int,
+    chunk_tokens: int,
+    chunk: int,
+) -> ExchangePlan:
+    """`make_plan` of sizes that fit."""
     whole = chunk_run(seq_len, chunk_tokens, chunk)
     length = (whole.stop - whole.start) // num_ranks
     shards = [Run(whole.start + r * length, whole.start + (r + 1) * length) for r in range(num_ranks)]
