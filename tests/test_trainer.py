@@ -193,15 +193,15 @@ def test_steps_with_much_padding_equal_one_rank(corpus, tmp_path, world_size, sp
 
 def noted_seeds(config):
     """The dropout seeds of every micro-step of a run on this rank."""
-    from pi_dist.training import streaming
+    from pi_dist.training import trainer
 
-    seeds, original = [], streaming.summed_loss
+    seeds, original = [], trainer.streamed_losses
 
-    def noting(model, mesh, batch, parallel, seed):
+    def noting(model, mesh, batch, parallel, seed, chunk_tokens):
         seeds.append(seed)
-        return original(model, mesh, batch, parallel, seed)
+        return original(model, mesh, batch, parallel, seed, chunk_tokens)
 
-    streaming.summed_loss = noting
+    trainer.streamed_losses = noting
     train(config)
     return seeds
 
