@@ -21,7 +21,7 @@ from pi_dist.training.trainer import train
 from pi_dist.training.watchdog import HUNG
 
 
-def start_job(corpus, run_dir, *overrides, restarts=0):
+def start_job(corpus, run_dir, *overrides, restarts=0, environment=None):
     """Two ranks under torchrun; lines of its output can be read."""
     where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={run_dir}"]
     launcher = [
@@ -34,7 +34,7 @@ def start_job(corpus, run_dir, *overrides, restarts=0):
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "pi_dist", "train", *SMALL, *where, *overrides],
         cwd=ROOT,
-        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,21 +78,37 @@ def is_alive(pid):
         return False
 
 
-def test_a_stopped_rank_is_named_and_the_job_ends_with_stacks(corpus, tmp_path):
-    job = start_job(corpus, tmp_path / "run", "--training.steps=100000", "--parallel.timeout_s=4")
+def stop_a_rank(corpus, run_dir, rank, environment):
+    """(what the job says on stderr, the process of the rank) of a job whose rank is stopped in step 4."""
+    limits = ("--training.steps=100000", "--parallel.timeout_s=4")
+    job = start_job(corpus, run_dir, *limits, environment=environment)
     try:
         wait_for(job, "step 3/")
-        stopped = process_of(job, 1)
+        stopped = process_of(job, rank)
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
         _, err = job.communicate(timeout=90)
         assert time.monotonic() - began < 60 and job.returncode != 0
     finally:
         end(job)
-    assert "error: no step for 4 s" in err and "rank 1: no sign of life; last seen" in err, err
-    assert "rank 0: in" in err and f"exitcode  : {HUNG}" in err
+    assert "error: no step for 4 s" in err and f"exitcode  : {HUNG}" in err
+    return err, stopped
+
+
+def test_a_stopped_rank_is_named_and_the_job_ends_with_stacks(corpus, tmp_path):
+    err, stopped = stop_a_rank(corpus, tmp_path / "run", 1, {})
+    assert "rank 1: no sign of life; last seen" in err and "rank 0: in" in err, err
     stacks = (tmp_path / "run" / "stacks" / "rank_0.txt").read_text()
     assert "rank 0, pid " in stacks and "trainer.py" in stacks and "watchdog.py" in stacks
+    assert not is_alive(stopped)
+
+
+def test_a_stopped_rank_that_hosts_the_store_ends_the_job_too(corpus, tmp_path):
+    """As under mpirun and launch/torchrun.sh."""
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    err, stopped = stop_a_rank(corpus, tmp_path / "run", 0, own_store)
+    assert "which rank 0 may host: no answer" in err, err
+    assert "trainer.py" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
     assert not is_alive(stopped)
 
 

@@ -3,8 +3,7 @@
 A thread of every rank writes a beat into the store of the process group: which section of which step its main
 thread is in. If the main thread stays in a section for too long, the thread reads everybody's beats twice:
 ranks whose beat stands still are stopped or cut off, and ranks in an earlier section keep the others waiting.
-Where rank 0 itself hosts the store (mpirun) and is the one that is stopped, nobody can be asked: the
-collectives of the others time out, half a minute later and without a name.
+Where rank 0 itself hosts the store and is the one that is stopped, the store does not answer, which says it.
 """
 
 from __future__ import annotations
@@ -51,6 +50,8 @@ class Watchdog:
         self._interval = min(LONGEST_INTERVAL_S, timeout_s / 8)
         self._step, self._section, self._since = 0, None, time.monotonic()
         self._count, self._armed, self._told = 0, 0.0, (0, None)
+        self._patience_s = max(2.0, self._interval)
+        self._asking = threading.Thread()  # the last question to the store
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._store = self._connect()
@@ -59,7 +60,7 @@ class Watchdog:
         """A connection of its own to the store of the process group, under a name for this call alone."""
         name = [uuid4().hex]
         dist.broadcast_object_list(name, src=0)
-        patience = timedelta(seconds=max(2.0, self._interval))
+        patience = timedelta(seconds=self._patience_s)
         if "MASTER_ADDR" not in os.environ:
             raise ConfigError(
                 "launch: MASTER_ADDR and MASTER_PORT are not set; the ranks watch each other there"
@@ -71,6 +72,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._beat()
         dist.barrier()  # everybody's first beat is there
+        self._processes = [beat["process"] for beat in self._beats()]
         self._thread.start()
         return self
 
@@ -89,7 +91,7 @@ class Watchdog:
             self._armed = self._since
             faulthandler.dump_traceback_later(2 * self._timeout_s + 60, exit=True)
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> None:
         self._count += 1
         beat = {
             "count": self._count,
@@ -98,12 +100,32 @@ class Watchdog:
             "section": self._section,
             "seconds": time.monotonic() - self._since,
         }
-        self._store.set(str(self._rank), json.dumps(beat))
-        return beat
+        self._asked(lambda: self._store.set(str(self._rank), json.dumps(beat)))
 
     def _beats(self) -> list[Beat]:
-        values = self._store.multi_get([str(rank) for rank in range(self._size)])
-        return [json.loads(value) for value in values]
+        names = [str(rank) for rank in range(self._size)]
+        return [json.loads(value) for value in self._asked(lambda: self._store.multi_get(names))]
+
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        """What the store answers, or RuntimeError; its own time-out may last until its process goes on."""
+        answer: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answer.append((call(), None))
+            except RuntimeError as error:
+                answer.append((None, error))
+
+        if not self._asking.is_alive():  # else it still waits for the answer to the one before
+            self._asking = threading.Thread(target=ask, daemon=True)
+            self._asking.start()
+            self._asking.join(2 * self._patience_s)
+        if not answer:
+            raise RuntimeError(f"no answer in {2 * self._patience_s:g} s")
+        value, error = answer[0]
+        if error is not None:
+            raise error
+        return value
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
@@ -117,9 +139,10 @@ class Watchdog:
                     silent, lines = self._standing_still()
                     if self._since == since:  # else it went on after all
                         self._end(silent, lines)
-            except (dist.DistError, RuntimeError) as error:
+            except RuntimeError as error:
                 if late:
-                    self._end([], [f"the store of the process group does not answer ({_first_line(error)})"])
+                    text = f"the store of the process group, which rank 0 may host: {_first_line(error)}"
+                    self._end([] if self._rank == 0 else [self._processes[0]], [text])
 
     def _tell_of_slow_ranks(self, beats: list[Beat]) -> None:
         """Say, once for each, that ranks have kept the others waiting for several beats."""
