@@ -1,5 +1,7 @@
 """The same checks as on gloo, on two GPUs over NCCL. Skipped, with the reason, where there are none."""
 
+from dataclasses import replace
+
 import pytest
 import test_key_exchange
 import test_training_parity
@@ -38,6 +40,23 @@ def test_gradients_equal_one_process_in_every_zero_stage(activation_checkpointin
         test_training_parity.check(
             ranks.run(test_training_parity.on_a_rank, 2, [0, 1, 2, 3], options, True, "cuda")
         )
+
+
+@pytest.mark.parametrize("method", ["window", "ring", "ulysses", ["pi", "ring"]], ids=str)
+def test_other_methods_equal_one_process(method):
+    model = replace(test_training_parity.MODEL, method=method, attention_dropout=0.0)
+    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
+        options = {"activation_checkpointing": True}
+        found = ranks.run(test_training_parity.on_a_rank, 2, [1, 3], options, False, "cuda", model)
+    test_training_parity.check(found, model=model)
+
+
+@pytest.mark.parametrize(("overlap", "chunk_tokens"), [("pipelined", None), ("interior", 8)])
+def test_pipelined_exchange_and_chunks_equal_one_process(overlap, chunk_tokens):
+    options = {"micro_batch_size": 2, "chunk_tokens": chunk_tokens}
+    arguments = (2, [1, 2, 3], options, False, "cuda", test_training_parity.MODEL, overlap)
+    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
+        test_training_parity.check(ranks.run(test_training_parity.on_a_rank, *arguments))
 
 
 def test_bf16_gradients_stay_within_the_error_of_bf16():
