@@ -434,6 +434,7 @@ def _bench(arguments: Namespace) -> int:
         if arguments.plot is not None and arguments.trace is None:
             raise ConfigError("bench sp: --plot FILE needs --trace FILE, which it draws")
         from pi_dist.measure.sp_bench import bench as bench_sp
+        from pi_dist.measure.sp_bench import is_last_rank
 
         complete = bench_sp(
             arguments.json,
@@ -444,7 +445,7 @@ def _bench(arguments: Namespace) -> int:
             device=arguments.device,
             trace=arguments.trace,
         )
-        if arguments.plot is not None and int(os.environ.get("RANK", "0")) == 0:
+        if arguments.plot is not None and is_last_rank():  # which wrote the trace
             from pi_dist.measure.figures import draw_timeline
 
             draw_timeline(arguments.trace, arguments.plot)

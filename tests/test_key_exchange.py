@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi_dist.config import OVERLAPS
+from pi_dist.measure.timeline import counted_bytes
 from pi_dist.ops import PiPattern
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.parallel.collectives import ring_exchange
@@ -52,21 +53,7 @@ def on_a_rank(
     mine = slice(rank * m, (rank + 1) * m)
     tensors = [x[:, mine].to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
     tensors.append(None if gate is None else gate[:, mine].clone().requires_grad_())
-    sent = {"all_to_all_single": [], "isend": []}
-    all_to_all_single, isend = dist.all_to_all_single, dist.batch_isend_irecv
-
-    def counting_all_to_all(output, tensor, *args, **kwargs):
-        sent["all_to_all_single"].append(tensor.numel() * tensor.element_size())
-        return all_to_all_single(output, tensor, *args, **kwargs)
-
-    def counting_p2p(operations):
-        sent["isend"].append(
-            sum(o.tensor.numel() * o.tensor.element_size() for o in operations if o.op is dist.isend)
-        )
-        return isend(operations)
-
-    dist.all_to_all_single, dist.batch_isend_irecv = counting_all_to_all, counting_p2p
-    try:
+    with counted_bytes() as sent:
         out = sequence_parallel_pi_attention(
             *tensors,
             pattern,
@@ -77,8 +64,6 @@ def on_a_rank(
             **options,
         )
         gradients = torch.autograd.grad((out * dout[:, mine]).sum(), [x for x in tensors if x is not None])
-    finally:
-        dist.all_to_all_single, dist.batch_isend_irecv = all_to_all_single, isend
     return [x.cpu() for x in (out.detach(), *gradients)], sent
 
 

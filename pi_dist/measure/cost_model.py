@@ -28,7 +28,7 @@ def rows_received(window: int, stride: int, num_skips: int, start: int, length: 
 
 
 def _pi_bytes(config: Config, pattern: PiPattern, num_ranks: int, element: int) -> int:
-    """Of all ranks, one way."""
+    """Of all ranks, if an element of K and V is so many bytes."""
     model, length = config.model, config.training.context // num_ranks
     rows = 0
     for group in pattern.head_groups(model.num_heads, model.kv_heads):
@@ -64,7 +64,5 @@ def exchanged_bytes(config: Config, layer: int) -> float:
         total = 2 * (model.hidden_size + kv) * length * (ranks - 1) / ranks * (forwards + 1) * element
     else:
         pattern = layer_patterns(model, training.context)[layer]
-        total = (
-            _pi_bytes(config, pattern, ranks, element * forwards) + _pi_bytes(config, pattern, ranks, 4)
-        ) / ranks
+        total = _pi_bytes(config, pattern, ranks, forwards * element + 4) / ranks
     return total * training.batch_size

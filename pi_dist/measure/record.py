@@ -173,9 +173,7 @@ def _kernel_table(rows: list[dict]) -> str:
     at = [row for row in rows if (row["tokens"], row["head_dim"], row["strides"]) == (131072, 64, "one")]
     ours, others = ([row for row in at if (row["method"][:2] == "pi") == mine] for mine in (True, False))
     windows, skips = (sorted({row[key] for row in ours}) for key in ("window", "num_skips"))
-    by_skips = {
-        f"M = {m}": [row for row in ours if row["num_skips"] == m] for m in skips
-    }  # rows of each column
+    by_skips = {f"M = {m}": [row for row in ours if row["num_skips"] == m] for m in skips}
     tables = [_times(windows, by_skips, lambda row: f"{row['ms']:.2f} ({row['times_floor']:.1f})")]
     names = dict.fromkeys(row["method"] for row in others if row["num_skips"] == 0)
     if names:

@@ -41,7 +41,6 @@ from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.streaming import summed_loss
 
-CONTEXTS = (32768, 65536, 131072, 262144, 1048576)
 METHODS: tuple[Method, ...] = ("pi", "window", "ring", "ulysses", "dense")
 PAPER = {"window": 4, "stride": 16, "num_skips": 1}  # the pattern of the paper
 WIDE = {"window": 64, "stride": 65, "num_skips": 16}  # that of the shipped configurations, in every layer
@@ -103,9 +102,7 @@ def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterato
                             )
                             yield mode, False
                     yield Setup(preset, method, **WIDE, batch=2), False  # what pipelined is compared with
-            elif method == "window" or (method == "dense") == (
-                num_ranks == 1
-            ):  # others are dense on one rank
+            elif method in (("window", "dense") if num_ranks == 1 else ("window", "ring", "ulysses")):
                 yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
 
 
@@ -163,7 +160,7 @@ def measure(
     with counted_bytes() as sent:
         steps.one()
     layers, ranks = config.model.num_layers, mesh.sp_degree
-    total = torch.tensor(float(sum(sent)), dtype=torch.float64, device=mesh.device)
+    total = torch.tensor(float(sum(map(sum, sent.values()))), dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
     kernels = kernels_of(steps.one) if cuda else []
     row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
@@ -293,6 +290,11 @@ def bench(
     return complete
 
 
+def is_last_rank() -> bool:
+    """Whether this rank writes the trace: causal, it waits for rows, as the first one does not."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
 def _agreed(here: bool) -> bool:
     """What rank 0 finds."""
     answer = [here]
@@ -344,7 +346,7 @@ def _run(
                     engine = Engine(model, config, mesh)
                 row, kernels = measure(engine, mesh, config, model)
                 record.add({"preset": setup.preset} | row)
-                if trace is not None and mesh.rank == mesh.world_size - 1 and not Path(trace).exists():
+                if trace is not None and is_last_rank() and not Path(trace).exists():
                     content = {"row": row, "kernels": [list(kernel) for kernel in kernels]}
                     Path(trace).write_text(json.dumps(content))
     except torch.OutOfMemoryError:  # the others may be in a collective: only a new process can go on

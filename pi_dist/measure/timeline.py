@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -71,12 +71,12 @@ def exposed_ms(kernels: list[Kernel], kind: Kind) -> tuple[float, float]:
 
 
 @contextmanager
-def counted_bytes():
-    """Count, in the list that is yielded, the bytes that this rank's exchanges send to other ranks.
+def counted_bytes() -> Iterator[dict[str, list[int]]]:
+    """Count the bytes that each exchange of this rank sends to other ranks, by way, in what is yielded.
 
-    Those by all_to_all_single and batch_isend_irecv, by wrapping the two functions of torch.distributed.
+    The ways are "all_to_all_single" and "isend", by wrapping the functions of torch.distributed.
     """
-    sent: list[int] = []
+    sent: dict[str, list[int]] = {"all_to_all_single": [], "isend": []}
     all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
 
     def counting_all_to_all(
@@ -84,11 +84,11 @@ def counted_bytes():
     ):
         rows, rank = input.shape[0], dist.get_rank(group)
         own = input_split_sizes[rank] if input_split_sizes else rows // dist.get_world_size(group)
-        sent.append(input.nbytes // max(1, rows) * (rows - own))
+        sent["all_to_all_single"].append(input.nbytes // max(1, rows) * (rows - own))
         return all_to_all_single(output, input, output_split_sizes, input_split_sizes, group=group, **options)
 
     def counting_sends(operations):
-        sent.append(sum(o.tensor.nbytes for o in operations if o.op is dist.isend))
+        sent["isend"].append(sum(o.tensor.nbytes for o in operations if o.op is dist.isend))
         return batch_isend_irecv(operations)
 
     dist.all_to_all_single, dist.batch_isend_irecv = counting_all_to_all, counting_sends
