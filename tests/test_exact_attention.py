@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed import Ranks
 
-from pi_dist.ops.exact_attention import ExactBlock, exact_attention_fwd, merge
+from pi_dist.ops.exact_attention import ExactBlock, exact_attention_bwd, exact_attention_fwd, merge
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.ring_attention import ring_attention
 from pi_dist.parallel.ulysses import ulysses_attention
@@ -93,6 +93,33 @@ def test_blocks_merge_where_one_is_empty():
     out, lse = merge(*near, *far)
     assert (far[1] == float("-inf")).any() and (near[1][0, 0] == float("-inf")).all()
     torch.testing.assert_close((out, lse), (whole[0][:, 4:], whole[1][:, 4:]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gpu_kernels_equal_the_formula(dtype, head_dim):
+    """Both blocks of a ring of two: the queries' own keys, and other keys, as many and fewer."""
+    generator = torch.Generator("cuda").manual_seed(head_dim)
+    for heads, kv_heads, queries, keys, causal in ((2, 2, 192, 192, True), (4, 2, 192, 96, False)):
+        q, k, v, dout = (
+            torch.randn(2, length, h, head_dim, generator=generator, device="cuda").to(dtype)
+            for length, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
+        )
+        block = ExactBlock(causal, None, None, head_dim**-0.5)
+        out, lse = exact_attention_fwd(block, q, k, v)
+        found = [out, lse, *exact_attention_bwd(block, q, k, v, out, lse, dout)]
+        q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+        shared = [x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v)]
+        scores = torch.einsum("bihd,bjhd->bhij", q, shared[0]) * block.scale
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), shared[1])
+        expected = [out, scores.logsumexp(-1).transpose(1, 2)]
+        expected += torch.autograd.grad((out * dout.double()).sum(), (q, k, v))
+        for a, b in zip(found, expected, strict=True):
+            error = (a.double() - b).norm() / b.norm()
+            assert error < (1e-2 if dtype != torch.float32 else 1e-5), error.item()
 
 
 def odd_heads_on_two_ranks():

@@ -45,15 +45,17 @@ def exact_attention_fwd(
         )
         lse = lse.transpose(1, 2).masked_fill(empty[:, :, None], float("-inf"))
         return out.transpose(1, 2).masked_fill(empty[:, :, None, None], 0.0), lse
-    if _flash(block, q):
-        out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(
-            q.transpose(1, 2),
-            _as_many_heads(k, q),
-            _as_many_heads(v, q),
-            0.0,
-            block.causal,
-            scale=block.scale,
-        )
+    if _kept_library(block, q):
+        tensors = q.transpose(1, 2), _as_many_heads(k, q), _as_many_heads(v, q)
+        if _cudnn(q):
+            out, lse, *_ = _ATEN._scaled_dot_product_cudnn_attention(
+                *tensors, None, True, 0.0, block.causal, scale=block.scale
+            )
+            lse = lse.view(out.shape[:3])
+        else:
+            out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(
+                *tensors, 0.0, block.causal, scale=block.scale
+            )
         return out.transpose(1, 2), lse.transpose(1, 2)
     from pi_dist.ops.triton_backend import pi_attention_fwd
 
@@ -79,13 +81,21 @@ def exact_attention_bwd(
             lse.masked_fill(nobody, float("inf")).transpose(1, 2), 0.0, False, attn_mask=mask,
             scale=block.scale,
         )  # fmt: skip
-    elif _flash(block, q):
+    elif _kept_library(block, q):
         dout_h, q_h, out_h, lse_h = (x.transpose(1, 2) for x in (dout, q, out, lse))
-        empty = torch.zeros(2, dtype=torch.int64)  # the state of a generator that draws nothing
-        gradients = _ATEN._scaled_dot_product_flash_attention_backward(
-            dout_h, q_h, _as_many_heads(k, q), _as_many_heads(v, q), out_h, lse_h.contiguous(), None, None,
-            q.shape[1], k.shape[1], 0.0, block.causal, empty, empty, scale=block.scale,
-        )  # fmt: skip
+        tensors = dout_h, q_h, _as_many_heads(k, q), _as_many_heads(v, q), out_h
+        lse_h, sizes = lse_h.contiguous(), (q.shape[1], k.shape[1])
+        if _cudnn(q):
+            empty = torch.zeros((), dtype=torch.int64, device=q.device)  # of a generator that draws nothing
+            gradients = _ATEN._scaled_dot_product_cudnn_attention_backward(
+                *tensors, lse_h[..., None], empty, empty, None, None, None, *sizes, 0.0, block.causal,
+                scale=block.scale,
+            )  # fmt: skip
+        else:
+            empty = torch.zeros(2, dtype=torch.int64)
+            gradients = _ATEN._scaled_dot_product_flash_attention_backward(
+                *tensors, lse_h, None, None, *sizes, 0.0, block.causal, empty, empty, scale=block.scale
+            )
     else:
         from pi_dist.ops.triton_backend import pi_attention_bwd
 
@@ -111,8 +121,17 @@ def merge(
     return sum(x.to(total.dtype) * torch.exp(part - known)[..., None] for x, part in parts), total
 
 
-def _flash(block: ExactBlock, q: torch.Tensor) -> bool:
+def _kept_library(block: ExactBlock, q: torch.Tensor) -> bool:
+    """Whether PyTorch has kernels for it."""
     return block.q_labels is None and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _cudnn(q: torch.Tensor) -> bool:
+    """Whether cuDNN's kernels are for such heads, and faster than flash attention on this GPU."""
+    fits = q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    return (
+        fits and torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    )
 
 
 def _as_many_heads(k: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
