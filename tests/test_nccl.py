@@ -33,35 +33,33 @@ def test_exchange_equals_the_oracle(pair, strides, causal, fused):
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_gradients_equal_one_process_in_every_zero_stage(activation_checkpointing):
-    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
-        options = {"activation_checkpointing": activation_checkpointing}
-        options["clip_norm"] = test_training_parity.CLIP_NORM
-        test_training_parity.check(
-            ranks.run(test_training_parity.on_a_rank, 2, [0, 1, 2, 3], options, True, "cuda")
-        )
+def test_gradients_equal_one_process_in_every_zero_stage(pair, activation_checkpointing):
+    options = {"activation_checkpointing": activation_checkpointing}
+    options["clip_norm"] = test_training_parity.CLIP_NORM
+    test_training_parity.check(
+        pair.run(test_training_parity.on_a_rank, 2, [0, 1, 2, 3], options, True, "cuda")
+    )
 
 
-@pytest.mark.parametrize("method", ["window", "ring", "ulysses", ["pi", "ring"]], ids=str)
-def test_other_methods_equal_one_process(method):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["pi", "window", "ring", "ulysses", ["pi", "ring"]], ids=str)
+def test_every_method_equals_one_process(pair, method, activation_checkpointing, precision):
     model = replace(test_training_parity.MODEL, method=method, attention_dropout=0.0)
-    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
-        options = {"activation_checkpointing": True}
-        found = ranks.run(test_training_parity.on_a_rank, 2, [1, 3], options, False, "cuda", model)
-    test_training_parity.check(found, model=model)
+    options = {"activation_checkpointing": activation_checkpointing, "precision": precision}
+    found = pair.run(test_training_parity.on_a_rank, 2, [1, 2, 3], options, False, "cuda", model)
+    test_training_parity.check(found, tolerance=1e-5 if precision == "fp32" else 0.06, model=model)
 
 
-@pytest.mark.parametrize(("overlap", "chunk_tokens"), [("pipelined", None), ("interior", 8)])
-def test_pipelined_exchange_and_chunks_equal_one_process(overlap, chunk_tokens):
+@pytest.mark.parametrize(("overlap", "chunk_tokens"), [("pipelined", None), ("interior", 8), ("none", None)])
+def test_every_overlap_and_chunks_equal_one_process(pair, overlap, chunk_tokens):
     options = {"micro_batch_size": 2, "chunk_tokens": chunk_tokens}
     arguments = (2, [1, 2, 3], options, False, "cuda", test_training_parity.MODEL, overlap)
-    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
-        test_training_parity.check(ranks.run(test_training_parity.on_a_rank, *arguments))
+    test_training_parity.check(pair.run(test_training_parity.on_a_rank, *arguments))
 
 
-def test_bf16_gradients_stay_within_the_error_of_bf16():
-    with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
-        found = ranks.run(
-            test_training_parity.on_a_rank, 2, [0, 1, 2, 3], {"precision": "bf16"}, False, "cuda"
-        )
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_gradients_stay_within_the_error_of_bf16(pair, stage):
+    """With dropout too."""
+    found = pair.run(test_training_parity.on_a_rank, 2, [stage], {"precision": "bf16"}, False, "cuda")
     test_training_parity.check(found, tolerance=0.06)
