@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pi_dist.measure.record import kept_records, markdown_table, write
+from pi_dist.measure.record import kept_records, write
+from pi_dist.measure.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 STEP_ROW = {
@@ -38,7 +39,7 @@ def test_a_record_says_how_it_was_made(name):
                 row["bytes"] / copy / row["ms"] * 1e3, rel=1e-2, abs=1e-4
             )
         return
-    for row in record["rows"]:
+    for row in (row for row in record["rows"] if row["ms"] is not None):
         assert set(row) >= STEP_ROW
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] * row["batch"] / row["ms"] * 1e3, rel=1e-3)
         assert 0 <= row["covered_share"] <= 1 and row["reach"] >= 0
@@ -63,3 +64,33 @@ def test_floor_counts_each_tensor_once(name):
         rows = row["batch"] * row["tokens"] * row["heads"]
         factor, scalars = (8, 8) if row["direction"] == "forward" else (16, 12)
         assert row["bytes"] == rows * (factor * row["head_dim"] + scalars)
+
+
+def sp_row(tokens, world_size, ms, **others):
+    row = {"preset": "small", "method": "pi", "window": 4, "num_skips": 1, "overlap": "interior"}
+    row |= {"exchange": "ring_all_to_all", "batch": 1, "reach": 192, "peak_mib": 2048.0, "fits": True}
+    return row | {"tokens": tokens, "world_size": world_size, "ms": ms, "measured": True} | others
+
+
+def test_a_table_of_steps_has_weak_scaling_predictions_and_forms_of_the_exchange():
+    rows = [
+        sp_row(1024, 1, 90.0, exposed_share=0.0),
+        sp_row(2048, 2, 100.0, exposed_share=0.02),
+        sp_row(2048, 2, 125.0, exposed_share=0.2, overlap="none"),
+        sp_row(2048, 1, None, measured=False, fits=False),
+        sp_row(4096, 2, 70_000.0, method="ring", num_skips=0, reach=4095, measured=False),
+        sp_row(4096, 1, None, method="ulysses", num_skips=0, measured=False, fits=None),
+    ]
+    assert markdown_table({"rows": rows}).split("\n") == [
+        "| model | method | context | reach | 1 GPU | 2 GPUs | weak scaling | exposed |",
+        "|---|---|---|---|---|---|---|---|",
+        "| small | π, k = 4, M = 1 | 1,024 | 192 | 90 (2.0) |  |  |  |",
+        "| small | π, k = 4, M = 1 | 2,048 | 192 | out of memory | 100 (2.0) | 90.0% | 2.0% |",
+        "| small | ring | 4,096 | 4,095 |  | ~70,000 (2.0) |  |  |",
+        "| small | ulysses | 4,096 | 192 | not possible |  |  |  |",
+        "",
+        "| π, k = 4, M = 1, overlap | exchange | sequences | 2,048 |",
+        "|---|---|---|---|",
+        "| interior | ring_all_to_all | 1 | 100.0 (2.0%) |",
+        "| none | ring_all_to_all | 1 | 125.0 (20.0%) |",
+    ]

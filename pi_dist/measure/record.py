@@ -6,7 +6,6 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -136,75 +135,7 @@ def write(record: dict, path: str) -> None:
     Path(path).write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
-COLUMNS = {
-    "tokens": "context",
-    "world_size": "GPUs",
-    "sp_degree": "sp",
-    "zero_stage": "ZeRO",
-    "ms": "ms a step",
-    "tokens_per_s": "tokens/s",
-    "peak_mib": "peak MiB a GPU",
-    "last_loss": "last loss",
-    "heldout_loss": "held-out loss",
-    "reach": "reach",
-}
-
-
-def markdown_table(record: dict) -> str:
-    """A record as the Markdown table that the README shows; in a step's, reach stands beside the context."""
-    if "floor_ms" in record["rows"][0]:
-        return _kernel_table(record["rows"])
-
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:,.0f}" if value >= 100 else f"{value:.4f}"
-        return f"{value:,}"
-
-    lines = [" | ".join(["", *COLUMNS.values(), ""]).strip(), "|---" * len(COLUMNS) + "|"]
-    lines += [" | ".join(["", *(cell(row[key]) for key in COLUMNS), ""]).strip() for row in record["rows"]]
-    return "\n".join(lines)
-
-
-def _kernel_table(rows: list[dict]) -> str:
-    """Times at 131,072 tokens and head_dim 64, one stride, and those of other kernels, where there are any.
-
-    A line a window; a column a number of skips, then a column a kernel for the window alone.
-    """
-    at = [row for row in rows if (row["tokens"], row["head_dim"], row["strides"]) == (131072, 64, "one")]
-    ours, others = ([row for row in at if (row["method"][:2] == "pi") == mine] for mine in (True, False))
-    windows, skips = (sorted({row[key] for row in ours}) for key in ("window", "num_skips"))
-    by_skips = {f"M = {m}": [row for row in ours if row["num_skips"] == m] for m in skips}
-    tables = [_times(windows, by_skips, lambda row: f"{row['ms']:.2f} ({row['times_floor']:.1f})")]
-    names = dict.fromkeys(row["method"] for row in others if row["num_skips"] == 0)
-    if names:
-        of_window = [row for row in at if row["num_skips"] == 0]
-        by_name = {
-            name: [row for row in of_window if row["method"] == name] for name in ("pi, triton", *names)
-        }
-        tables.append(_times(windows, by_name, lambda row: f"{row['ms']:.2f}"))
-    return "\n\n".join(tables)
-
-
-def _times(windows: list[int], columns: dict[str, list[dict]], cell: Callable[[dict], str]) -> str:
-    """A line a window, a column a list of rows; `cell` of the forward / of the backward."""
-
-    def both(rows: list[dict], window: int) -> str:
-        found = {row["direction"]: row for row in rows if row["window"] == window}
-        return " / ".join(cell(found[way]) for way in ("forward", "backward"))
-
-    lines = [" | ".join(["", "k", *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
-    lines += [
-        " | ".join(["", str(k), *(both(rows, k) for rows in columns.values()), ""]).strip() for k in windows
-    ]
-    return "\n".join(lines)
-
-
 def kept_records() -> dict[str, dict]:
     """The records that ship with the package, by name."""
     folder = Path(__file__).parent / "records"
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-if __name__ == "__main__":  # `python -m pi_dist.measure.record` prints the README's tables
-    for name, record in kept_records().items():
-        print(f"{name}\n\n{markdown_table(record)}\n")

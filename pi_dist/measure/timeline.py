@@ -31,9 +31,12 @@ def _kind(name: str) -> Kind:
 
 
 def kernels_of(step: Callable[[], Any]) -> list[Kernel]:
-    """The kernels of a step on this rank's GPU, by start."""
-    torch.cuda.synchronize()
+    """The kernels of a step on this rank's GPU, by start; every rank calls it."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        if several:
+            dist.barrier()  # else the step's first exchange waits for whoever starts the profiler last
+        torch.cuda.synchronize()
         step()
         torch.cuda.synchronize()
     found = sorted(
@@ -43,6 +46,8 @@ def kernels_of(step: Callable[[], Any]) -> list[Kernel]:
         and not getattr(event, "is_user_annotation", False)
         and not event.name.startswith("nccl:")  # the range around a kernel
     )
+    if several:  # the barrier's kernel
+        found = found[1 + next(i for i, (_, _, name) in enumerate(found) if name.startswith("nccl")) :]
     first = found[0][0] if found else 0.0
     return [Kernel(name, _kind(name), start - first, stop - first) for start, stop, name in found]
 

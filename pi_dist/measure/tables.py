@@ -1,0 +1,137 @@
+"""Records as the Markdown tables that the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pi_dist.measure.record import kept_records
+
+COLUMNS = {
+    "tokens": "context",
+    "world_size": "GPUs",
+    "sp_degree": "sp",
+    "zero_stage": "ZeRO",
+    "ms": "ms a step",
+    "tokens_per_s": "tokens/s",
+    "peak_mib": "peak MiB a GPU",
+    "last_loss": "last loss",
+    "heldout_loss": "held-out loss",
+    "reach": "reach",
+}
+
+
+def markdown_table(record: dict) -> str:
+    """A record as the Markdown table that the README shows; in a step's, reach stands beside the context."""
+    if "floor_ms" in record["rows"][0]:
+        return _kernel_table(record["rows"])
+    if any("exposed_share" in row for row in record["rows"]):
+        return _sp_table(record["rows"])
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if value >= 100 else f"{value:.4f}"
+        return f"{value:,}"
+
+    return _table([*COLUMNS.values()], [[cell(row[key]) for key in COLUMNS] for row in record["rows"]])
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = (" | ".join(["", *line, ""]).strip() for line in (head, *lines))
+    return "\n".join([next(rows), "|---" * len(head) + "|", *rows])
+
+
+def _kernel_table(rows: list[dict]) -> str:
+    """Times at 131,072 tokens and head_dim 64, one stride, and those of other kernels, where there are any.
+
+    A line a window; a column a number of skips, then a column a kernel for the window alone.
+    """
+    at = [row for row in rows if (row["tokens"], row["head_dim"], row["strides"]) == (131072, 64, "one")]
+    ours, others = ([row for row in at if (row["method"][:2] == "pi") == mine] for mine in (True, False))
+    windows, skips = (sorted({row[key] for row in ours}) for key in ("window", "num_skips"))
+    by_skips = {f"M = {m}": [row for row in ours if row["num_skips"] == m] for m in skips}
+    tables = [_times(windows, by_skips, lambda row: f"{row['ms']:.2f} ({row['times_floor']:.1f})")]
+    names = dict.fromkeys(row["method"] for row in others if row["num_skips"] == 0)
+    if names:
+        of_window = [row for row in at if row["num_skips"] == 0]
+        by_name = {
+            name: [row for row in of_window if row["method"] == name] for name in ("pi, triton", *names)
+        }
+        tables.append(_times(windows, by_name, lambda row: f"{row['ms']:.2f}"))
+    return "\n\n".join(tables)
+
+
+def _times(windows: list[int], columns: dict[str, list[dict]], cell: Callable[[dict], str]) -> str:
+    """A line a window, a column a list of rows; `cell` of the forward / of the backward."""
+
+    def both(rows: list[dict], window: int) -> str:
+        found = {row["direction"]: row for row in rows if row["window"] == window}
+        return " / ".join(cell(found[way]) for way in ("forward", "backward"))
+
+    lines = [[str(k), *(both(rows, k) for rows in columns.values())] for k in windows]
+    return _table(["k", *columns], lines)
+
+
+def _sp_table(rows: list[dict]) -> str:
+    """Steps on one GPU and on several, then the forms of the exchange.
+
+    Weak scaling: the step on one GPU with a P-th of the tokens over that on P.
+    """
+    plain = [row for row in rows if _form(row) == ("interior", "ring_all_to_all", 1)]
+    ranks = sorted({row["world_size"] for row in plain})
+    head = ["model", "method", "context", "reach", *(f"{p} GPU{'s' * (p > 1)}" for p in ranks)]
+    lines = []
+    for what in dict.fromkeys((row["preset"], _pattern_of(row)) for row in plain):
+        mine = {(r["tokens"], r["world_size"]): r for r in plain if (r["preset"], _pattern_of(r)) == what}
+        for tokens in sorted({tokens for tokens, _ in mine}):
+            found = [mine.get((tokens, p)) for p in ranks]
+            cells, last = [_step_cell(row) for row in found], found[-1]
+            reach = next((row["reach"] for row in found if row and "reach" in row), None)
+            part = mine.get((tokens // ranks[-1], 1))
+            pair = [row for row in (part, last) if row and row["measured"] and row["ms"]]
+            weak = f"{pair[0]['ms'] / pair[1]['ms']:.1%}" if len(pair) == 2 and len(ranks) > 1 else ""
+            exposed = "" if not last or last.get("exposed_share") is None else f"{last['exposed_share']:.1%}"
+            where = [*what, f"{tokens:,}", "" if reach is None else f"{reach:,}"]
+            lines.append([*where, *cells, weak, exposed])
+    tables = [_table([*head, "weak scaling", "exposed"], lines), _forms_table(rows, ranks[-1])]
+    return "\n\n".join(filter(None, tables))
+
+
+def _forms_table(rows: list[dict], num_ranks: int) -> str:
+    """ms a step and share of it that is exposed exchange, by form; a column a context."""
+    timed = [row for row in rows if row["world_size"] == num_ranks and row["ms"] and row["num_skips"]]
+    others = [row for row in timed if _form(row) != ("interior", "ring_all_to_all", 1)]
+    if not others:
+        return ""
+    what, contexts = _pattern_of(others[0]), sorted({row["tokens"] for row in others})
+    at = {(_form(row), row["tokens"]): row for row in timed if _pattern_of(row) == what}
+    lines = []
+    for overlap, exchange, batch in sorted({form for form, _ in at}, key=lambda form: (form[2], form)):
+        found = [at.get(((overlap, exchange, batch), n)) for n in contexts]
+        cells = [f"{row['ms']:,.1f} ({row['exposed_share'] or 0:.1%})" if row else "" for row in found]
+        lines.append([overlap, exchange, str(batch), *cells])
+    return _table([f"{what}, overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)], lines)
+
+
+def _form(row: dict) -> tuple[str, str, int]:
+    return row["overlap"], row["exchange"], row["batch"]
+
+
+def _pattern_of(row: dict) -> str:
+    name = {"pi": "π", "window": "window"}.get(row["method"])
+    pattern = f", k = {row['window']}" + (f", M = {row['num_skips']}" if row["num_skips"] else "")
+    return row["method"] if name is None else name + pattern
+
+
+def _step_cell(row: dict | None) -> str:
+    """`ms (GiB)`, ~ before what is predicted."""
+    if row is None:
+        return ""
+    if row["ms"] is None:
+        return "out of memory" if row["fits"] is False else "not possible"
+    memory = "" if row.get("peak_mib") is None else f" ({row['peak_mib'] / 1024:,.1f})"
+    return f"{'' if row['measured'] else '~'}{row['ms']:,.0f}{memory}" + ("" if row["fits"] else ", too much")
+
+
+if __name__ == "__main__":  # `python -m pi_dist.measure.tables` prints the README's tables
+    for name, record in kept_records().items():
+        print(f"{name}\n\n{markdown_table(record)}\n")
