@@ -179,6 +179,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(corpus, tm
     assert find_newest(tmp_path) == (None, [])
 
 
+def run_with_a_broken_gradient(config):
+    """(error of a run whose second step has a finite loss but no finite gradient, whether all is as before).
+
+    All: weights and moments of every parameter.
+    """
+    from pi_dist.training.deepspeed_engine import Engine
+
+    original, before, engines = Engine.step, [], []
+
+    def state_of(engine):
+        return [value.clone() for _, state in engine.state() for value in state.values()]
+
+    def step(self, number, loss=None):
+        original(self, number, loss)
+        if loss is not None and number == 0:
+            engines.append(self)
+            before.extend(state_of(self))
+            self._names["norm.weight"].register_hook(lambda gradient: gradient * float("nan"))
+
+    Engine.step = step
+    try:
+        error = run(config)
+    finally:
+        Engine.step = original
+    return error, all(map(torch.equal, before, state_of(engines[0])))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(corpus, tmp_path, stage, precision):
+    config = config_for(corpus, tmp_path, stage=stage, save_every=2, precision=precision)
+    with Ranks(2) as ranks:
+        outcomes = ranks.run(run_with_a_broken_gradient, config)
+    for error, unchanged in outcomes:
+        assert isinstance(error, TrainingError) and "step 2: the gradient norm is" in str(error)
+        assert unchanged
+    assert find_newest(tmp_path) == (None, [])
+
+
 @pytest.mark.parametrize(("world_size", "sp"), [(2, 2), (2, 1), (4, 2)])
 def test_steps_with_much_padding_equal_one_rank(corpus, tmp_path, world_size, sp):
     """Padding lies at the ends of sequences, so ranks hold very different numbers of valid tokens."""

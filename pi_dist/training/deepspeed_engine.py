@@ -4,6 +4,9 @@ DeepSpeed averages gradients over all ranks and divides by the accumulation step
 sequence-parallel degree. So each rank returns `Σ loss of its tokens · W·G / T` (W ranks, G accumulation
 steps, T valid tokens of the whole global batch): the mean over the global batch's tokens, in every ZeRO
 stage. A sequence in chunks is as many accumulation steps.
+
+DeepSpeed would wait for the device in every step: to time it, to look for overflow, to clip. So its timer and
+its checks are off, and AdamW clips, and skips an update that is not finite, on the device (`guard_update`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import nn
 
 from pi_dist.config import Config, accumulation_steps, num_chunks
 from pi_dist.parallel.mesh import Mesh
-from pi_dist.training.optimizer import learning_rate, make_optimizer
+from pi_dist.training.optimizer import guard_update, learning_rate, make_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,12 +33,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     settings: dict = {
         "train_micro_batch_size_per_gpu": t.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size) * num_chunks(t),
-        "gradient_clipping": t.clip_norm,
+        "gradient_clipping": 0.0,
         "sequence_parallel_size": p.sp_degree,
         "zero_optimization": {"stage": p.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
-        "bf16": {"enabled": _low_precision_parameters(config)},
+        "timers": {"throughput": {"enabled": False}},
+        "bf16": {"enabled": _low_precision_parameters(config), "check_grad_overflow": False},
     }
     if _low_precision_parameters(config):
         settings["communication_data_type"] = "fp32"
@@ -88,6 +92,9 @@ class Engine:
                 config=deepspeed_config(config, mesh.world_size),
                 dist_init_required=False,
             )
+        self._loss: torch.Tensor | None = None
+        inner = self.engine.optimizer if self._is_plain() else self.engine.optimizer.optimizer
+        inner.register_step_pre_hook(self._guard)
 
     def close(self) -> None:
         """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""
@@ -115,17 +122,29 @@ class Engine:
         steps = self.engine.gradient_accumulation_steps()
         self.engine.backward(loss_sum * (self.mesh.world_size * steps) / valid_tokens.clamp(min=1))
 
-    def step(self, step: int) -> None:
-        """End a micro-step; at the last one of optimizer step `step`, clip and update."""
+    def step(self, step: int, loss: torch.Tensor | None = None) -> None:
+        """End a micro-step; at the last one of optimizer step `step`, clip and update.
+
+        No parameter and no moment changes if `loss` or the gradient norm is not finite.
+        """
+        self._loss = loss
         if self._is_plain() and self.engine.is_gradient_accumulation_boundary():
             self._plain_norm = torch.nn.utils.get_total_norm([p.grad for p in self._names.values()])
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.training, step)
         self.engine.step()
 
-    def gradient_norm(self) -> float:
-        """Global gradient norm before clipping, of the last update."""
-        return float(self._plain_norm if self._is_plain() else self.engine.get_global_grad_norm())
+    def _guard(self, inner: torch.optim.AdamW, *_: Any) -> None:
+        """Before an update of the inner optimizer, of which DeepSpeed may make several a step."""
+        guard_update(inner, self.gradient_norm(), self._loss, self.config.training.clip_norm)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Global gradient norm before clipping, of the last update: a scalar on the device.
+
+        Not finite if the gradient is not.
+        """
+        norm = self._plain_norm if self._is_plain() else self.engine.optimizer._global_grad_norm
+        return torch.as_tensor(norm, device=self.mesh.device)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full fp32 gradient) of every parameter, after the last backward; collective.

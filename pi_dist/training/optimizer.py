@@ -1,4 +1,4 @@
-"""AdamW and its schedule (Algorithm 2 of the paper): linear warm-up, cosine decay, decay on matrices only."""
+"""AdamW (Algorithm 2 of the paper): linear warm-up, cosine decay, decay on matrices only; clipping."""
 
 from __future__ import annotations
 
@@ -21,13 +21,25 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW in two groups, matrices with weight decay and vectors without; fused where there is a GPU."""
+    """Fused AdamW in two groups, matrices with weight decay and vectors without."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True if on_gpu else None
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def guard_update(
+    optimizer: torch.optim.AdamW, norm: torch.Tensor, loss: torch.Tensor | None, clip_norm: float
+) -> None:
+    """Prepare the next `optimizer.step()` of a fused AdamW without waiting for the device.
+
+    It divides gradients by max(1, norm / clip_norm), and changes nothing if norm or loss is not finite.
+
+    Args:
+        norm, loss: scalars on the device; loss may be None. clip_norm: 0 does not clip.
+    """
+    finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    optimizer.found_inf = (~finite).float()
+    optimizer.grad_scale = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None

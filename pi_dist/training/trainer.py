@@ -275,7 +275,7 @@ class _Run:
         valid = sum((batch.labels != IGNORE).sum() for batch in batches).to(device, torch.float64)
         dist.all_reduce(valid)
         seed = derive_seed(training.seed, step)
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros(1, dtype=torch.float64, device=device)
         losses = (
             loss_sum
             for batch in batches
@@ -291,20 +291,21 @@ class _Run:
             if number < last:
                 self.engine.step(step)
         self.watch.at(step + 1, "update")
-        dist.all_reduce(total)
-        loss = (total / valid.clamp(min=1)).item()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {step + 1}: the loss is {loss}; the update was not made and nothing was saved"
-            )
-        self.engine.step(step)
+        asked = torch.tensor([stop.number == number for number in STOP_SIGNALS], dtype=torch.float64)
+        sums = torch.cat([total, asked.to(device)])  # loss, and ranks that got each signal
+        dist.all_reduce(sums)
+        mean = sums[0] / valid.clamp(min=1)
+        self.engine.step(step, mean)
         norm = self.engine.gradient_norm()
-        if not math.isfinite(norm):
-            raise TrainingError(f"step {step + 1}: the gradient norm is {norm}; nothing was saved")
-        number = torch.tensor(stop.number, device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        signal_name = signal.Signals(number.item()).name if number else None
-        return _StepResult(loss, int(valid.item()), norm, signal_name)
+        # the step's only wait for the device
+        loss, tokens, norm, *asked = torch.stack([mean, valid, norm.double(), *sums[1:]]).tolist()
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"step {step + 1}: the {name} is {value}; the update was not made and nothing was saved"
+                )
+        signals = [number.name for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks]
+        return _StepResult(loss, int(tokens), norm, signals[0] if signals else None)
 
     def _heldout_data(self) -> str | None:
         """Which held-out data the run measures."""
