@@ -174,9 +174,14 @@ class TrainingConfig:
     """Largest global gradient norm; 0 switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: bf16 parameters and activations, fp32 master weights, gradients and optimizer states."""
-    activation_checkpointing: bool = False
-    """Keep only each block's input and recompute the block in the backward pass
-    (its keys are exchanged again)."""
+    activation_checkpointing: bool | Literal["selective"] = False
+    """true: keep only each block's input and recompute the block in the backward pass (its keys are
+    exchanged again). selective: keep the matrix products and what attention needs, and recompute only what is
+    cheap: norms, rotary positions, GELU, gate. Not in ZeRO 3."""
+    compile: bool | None = None
+    """Compile what lies around attention in every block (torch.compile): norms, rotary positions, GELU and
+    gate are fused. null: where there is a GPU, but not in ZeRO 3, which gathers a module's parameters when
+    Python calls it, as compiled code does not."""
     chunk_tokens: int | None = None
     """Work on a sequence in chunks of so many tokens, over all ranks that share it: exact, in memory that
     grows with the context only by the keys and values that later chunks look back to. null: all at once."""
@@ -357,6 +362,16 @@ def check(config: Config, world_size: int = 1) -> None:
     _require(p.sp_degree >= 1, "parallel.sp_degree", f"sp_degree ({p.sp_degree}) >= 1")
     _require(p.timeout_s > 0, "parallel.timeout_s", f"timeout_s ({p.timeout_s}) > 0")
     _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
+    for key, whole_modules in (
+        ("compile", t.compile),
+        ("activation_checkpointing", t.activation_checkpointing == "selective"),
+    ):
+        _require(
+            not whole_modules or p.zero_stage < 3,
+            f"training.{key}",
+            f"parallel.zero_stage ({p.zero_stage}) < 3 for {getattr(t, key)!r}",
+            "ZeRO 3 gathers and releases parameters whenever a module is called",
+        )
     if t.chunk_tokens is not None:
         _check_chunks(config, t.chunk_tokens)
     _require(
@@ -419,6 +434,12 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     """Forward passes of one replica per optimizer step."""
     dp_degree = world_size // config.parallel.sp_degree
     return config.training.batch_size // (dp_degree * config.training.micro_batch_size)
+
+
+def compiles(config: Config, device_type: str) -> bool:
+    """Whether blocks are compiled on a device of this type."""
+    wanted = config.training.compile
+    return device_type == "cuda" and config.parallel.zero_stage < 3 if wanted is None else wanted
 
 
 def num_chunks(training: TrainingConfig) -> int:

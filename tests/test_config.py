@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from pi_dist.config import Config, ConfigError, accumulation_steps, check
+from pi_dist.config import (
+    Config,
+    ConfigError,
+    ParallelConfig,
+    TrainingConfig,
+    accumulation_steps,
+    check,
+    compiles,
+)
 
 
 def changed(**parts):
@@ -56,6 +64,18 @@ def changed(**parts):
             "num_kv_heads (3) % parallel.sp_degree (2) == 0 for 'ulysses'",
         ),
         ({"training": {"context": 4}}, 1, "training.context", "context (4) > model.window (4)"),
+        (
+            {"training": {"compile": True}, "parallel": {"zero_stage": 3}},
+            1,
+            "training.compile",
+            "parallel.zero_stage (3) < 3 for True",
+        ),
+        (
+            {"training": {"activation_checkpointing": "selective"}, "parallel": {"zero_stage": 3}},
+            1,
+            "training.activation_checkpointing",
+            "parallel.zero_stage (3) < 3 for 'selective'",
+        ),
         (
             {"training": {"chunk_tokens": 0}},
             1,
@@ -139,3 +159,18 @@ def test_sensible_configurations_pass():
 def test_dictionaries_round_trip():
     config = changed(model={"strides": [[4] * 12] * 12}, training={"seed": 3})
     assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "zero_stage", "compiled"),
+    [
+        (None, "cuda", 1, True),
+        (None, "cuda", 3, False),
+        (None, "cpu", 1, False),
+        (True, "cpu", 1, True),
+        (False, "cuda", 1, False),
+    ],
+)
+def test_blocks_are_compiled_where_there_is_a_gpu_or_as_asked(wanted, device, zero_stage, compiled):
+    config = Config(parallel=ParallelConfig(zero_stage=zero_stage), training=TrainingConfig(compile=wanted))
+    assert compiles(config, device) == compiled

@@ -11,10 +11,10 @@ from pi_dist.measure.reach import report
 from pi_dist.model import attention
 from pi_dist.model.attention import Gate, SequenceContext
 from pi_dist.model.flops import mean_pairs, training_flops_per_token
-from pi_dist.model.loss import IGNORE, summed_cross_entropy
+from pi_dist.model.loss import IGNORE
 from pi_dist.model.rotary import rotary_table, rotate
 from pi_dist.model.transformer import PiTransformer
-from pi_dist.ops.oracle import neighbour_masks
+from pi_dist.ops.oracle import neighbour_masks, pi_attention_oracle
 from pi_dist.ops.pattern import layer_patterns
 
 TINY = ModelConfig(
@@ -81,26 +81,6 @@ def test_rotated_scores_depend_on_distance_only():
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 50, 5000])
-def test_summed_cross_entropy_and_its_gradients(rows):
-    """Against PyTorch's own, in several tiles (5000 rows, a vocabulary of 30,000), some labels absent."""
-    generator = torch.Generator().manual_seed(0)
-    vocab = 30_000 if rows == 5000 else 37
-    hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(vocab, 8, generator=generator, requires_grad=True)
-    labels = torch.randint(0, vocab, (rows,), generator=generator)
-    labels[::3] = IGNORE
-    found = summed_cross_entropy(hidden, weight, labels)
-    expected = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(
-        torch.autograd.grad(0.3 * found, (hidden, weight)),
-        torch.autograd.grad(0.3 * expected, (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_a_batch_without_labels_has_zero_loss_that_is_connected():
     model = PiTransformer(TINY, 16)
     tokens = torch.zeros(1, 16, dtype=torch.int64)
@@ -132,7 +112,7 @@ def handed_gate(monkeypatch, layer, x, table):
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "sequence_parallel_pi_attention", noting)
-        out = layer(x, table, SequenceContext())
+        out = layer.out(layer.attend(*layer.project(x, table), SequenceContext()))
     return handed[0], out
 
 
@@ -241,13 +221,120 @@ def test_every_layer_and_step_has_its_own_dropout(monkeypatch):
 
 def test_recomputation_gives_the_same_gradients():
     gradients = []
-    for activation_checkpointing in (False, True):
+    for activation_checkpointing in (False, True, "selective"):
         config = dataclasses.replace(TINY, attention_dropout=0.2)
         model = PiTransformer(config, 32, 5, activation_checkpointing)
         tokens = torch.randint(0, 23, (2, 32), generator=torch.Generator().manual_seed(0))
         model(tokens, tokens, SequenceContext(seed=9)).backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+
+
+def kept_bytes(model):
+    """What one block keeps for the backward pass of 2 × 64 tokens, parameters apart."""
+    sizes, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, table = torch.zeros(2, 64, 16), rotary_table((0,), 64, 4, 10000.0, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model.blocks[0](tokens.requires_grad_(), table, SequenceContext(), model.pieces)
+    return sum(sizes.values()), out
+
+
+def test_selective_recomputation_keeps_matrix_products_and_attention_only():
+    """x twice, projection (2.5d), q and k rotated (1.5d), attended, up (4d) and little more."""
+    everything, products = (
+        kept_bytes(PiTransformer(TINY, 64, 5, activation_checkpointing))[0]
+        for activation_checkpointing in (False, "selective")
+    )
+    token = 2 * 64 * 16 * 4
+    assert products < 13 * token < 17 * token < everything
+
+
+def stepped(model, length, dtype=torch.float32):
+    """Loss and gradients of one batch of `length` tokens, in bf16 under autocast."""
+    tokens = torch.randint(0, 23, (2, length), generator=torch.Generator().manual_seed(length))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = model(tokens, tokens, SequenceContext(seed=9))
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def counts():
+    """What torch.compile counted since `compiled_model`."""
+    from torch._dynamo.utils import counters  # imports triton; see test_kernels.py
+
+    return counters
+
+
+def compiled_model(config, activation_checkpointing, backend):
+    """(a model, its copy in compiled pieces), and no graph of before."""
+    torch.compiler.reset()
+    counts().clear()
+    plain, compiled = (
+        PiTransformer(config, 64, 5, activation_checkpointing, compiled=compiled)
+        for compiled in (False, True)
+    )
+    compiled.pieces = tuple(torch.compile(piece, backend=backend) for piece in plain.pieces)
+    return plain, compiled
+
+
+@pytest.mark.parametrize("gate_input", ["hidden", "query"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True, "selective"])
+def test_compiled_blocks_are_whole_graphs_that_layers_share(activation_checkpointing, gate_input):
+    """Four layers with a stride each, lengths that change, evaluation between: gradients as uncompiled.
+
+    Two graphs for a length, then two for all lengths; as many where no gradient is wanted.
+    """
+    config = dataclasses.replace(
+        TINY, num_layers=4, schedule="doubling", gate_input=gate_input, attention_dropout=0.2
+    )
+    plain, compiled = compiled_model(config, activation_checkpointing, "aot_eager")
+    for length, dtype in [(64, torch.float32), (48, torch.float32), (17, torch.float32)]:
+        for a, b in zip(stepped(compiled, length, dtype), stepped(plain, length, dtype), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        tokens = (torch.arange(length) % 23).expand(2, -1)
+        with torch.no_grad():
+            losses = [m.eval()(tokens, tokens).item() for m in (plain, compiled)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        plain.train(), compiled.train()
+    assert not counts()["graph_break"]
+    assert counts()["stats"]["unique_graphs"] == 8
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True, "selective"])
+def test_compiled_blocks_under_autocast(activation_checkpointing):
+    config = dataclasses.replace(TINY, num_layers=3)
+    plain, compiled = compiled_model(config, activation_checkpointing, "aot_eager")
+    for a, b in zip(stepped(compiled, 64, torch.bfloat16), stepped(plain, 64, torch.bfloat16), strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= 0.02 * b.norm()
+    assert not counts()["graph_break"] and counts()["stats"]["unique_graphs"] <= 4
+
+
+def test_a_mixed_stack_compiles_its_kinds_of_layers():
+    """Layers with and without a gate: graphs of their own before attention, and one after it."""
+    config = dataclasses.replace(TINY, num_layers=4, method=["pi", "window", "dense", "pi"])
+    plain, compiled = compiled_model(config, False, "aot_eager")
+    for a, b in zip(stepped(compiled, 32), stepped(plain, 32), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not counts()["graph_break"] and counts()["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation_checkpointing", [False, True, "selective"])
+def test_blocks_compiled_to_machine_code(activation_checkpointing):
+    """Inductor, as training uses it: gradients as uncompiled, also of another length."""
+    config = dataclasses.replace(TINY, num_layers=2)
+    plain, compiled = compiled_model(config, activation_checkpointing, "inductor")
+    for length in (64, 40):
+        for a, b in zip(stepped(compiled, length), stepped(plain, length), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_presets_have_the_stated_size():
@@ -295,3 +382,52 @@ def test_flops_are_those_of_the_matrices_and_the_pairs(changes):
     pairs = mean_pairs(config, 4096) * TINY.num_layers * TINY.num_heads
     expected = 6 * (linears + head) + 12 * pairs * TINY.head_dim
     assert training_flops_per_token(config, 4096) == pytest.approx(expected)
+
+
+def pairs_by_enumeration(config, context):
+    """Query-key pairs of one sequence, over layers and heads: sets of keys as defined, no formula."""
+    pairs = 0
+    for pattern in layer_patterns(config, context):
+        for stride in pattern.head_strides(config.num_heads):
+            for i in range(context):
+                keys = {i - o for o in range(0 if pattern.include_self else 1, pattern.window + 1)}
+                keys |= {i - m * stride for m in range(1, pattern.num_skips + 1)}
+                pairs += len([j for j in keys if j >= 0])
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate_input": "query"},
+        {"gate": "none"},
+        {"num_kv_heads": None, "schedule": "doubling", "num_skips": 3, "window": 7},
+        {"num_layers": 3, "schedule": "per_head", "include_self": False},
+    ],
+)
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_flops_are_what_pytorch_counts(changes, activation_checkpointing):
+    """Matrix products of a real step and of the dense oracle, a pair, times the pattern's pairs."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton; see test_kernels.py
+
+    config, context, batch = dataclasses.replace(TINY, **changes), 48, 2
+    model = PiTransformer(config, context, activation_checkpointing=activation_checkpointing)
+    tokens = torch.randint(0, 23, (batch, context), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as step:
+        model(tokens, tokens, SequenceContext()).backward()
+    recomputed = 0
+    if activation_checkpointing:  # what is computed again does not count as work
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model.hidden(tokens, SequenceContext())
+        recomputed = forward.get_total_flops()
+        assert recomputed > 0
+
+    heads = (config.num_heads, config.kv_heads, config.kv_heads)
+    q, k, v = (torch.randn(1, context, h, config.head_dim, requires_grad=True) for h in heads)
+    with FlopCounterMode(display=False) as dense:
+        pi_attention_oracle(q, k, v, None, layer_patterns(config, context)[0]).sum().backward()
+    of_a_pair = dense.get_total_flops() / (config.num_heads * context**2)
+
+    counted = step.get_total_flops() - recomputed + batch * of_a_pair * pairs_by_enumeration(config, context)
+    assert training_flops_per_token(config, context) == pytest.approx(counted / (batch * context), rel=1e-12)

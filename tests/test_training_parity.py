@@ -93,6 +93,8 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, ove
         parallel = ParallelConfig(sp_degree=sp, zero_stage=stage, overlap=overlap)
         config = Config(model=model_config, parallel=parallel, training=training)
         model = PiTransformer(model_config, CONTEXT, 1, training.activation_checkpointing)
+        if training.compile:
+            model.pieces = tuple(torch.compile(piece, backend="aot_eager") for piece in model.pieces)
         engine = Engine(model, config, mesh)
         data = HeldOut(mesh, training, config.balanced)
         heldout = heldout_loss(engine, mesh, data, config.parallel, training.chunk_tokens)
@@ -115,7 +117,7 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, ove
         if update:
             engine.step(0)
             moments = {name: state["exp_avg"].to("cpu", copy=True) for name, state in engine.state()}
-            updated = (engine.gradient_norm(), moments)
+            updated = (engine.gradient_norm().item(), moments)
         results.append(((total / valid).item(), heldout, gradients, updated))
     return results
 
@@ -160,6 +162,19 @@ def test_a_pipelined_exchange_changes_nothing(zero_stage):
     with Ranks(2) as ranks:
         options = {"activation_checkpointing": True, "micro_batch_size": 2}
         check(ranks.run(on_a_rank, 2, [zero_stage], options, False, "cpu", MODEL, "pipelined"))
+
+
+def test_selective_recomputation_changes_nothing():
+    with Ranks(2) as ranks:
+        options = {"activation_checkpointing": "selective", "micro_batch_size": 2}
+        check(ranks.run(on_a_rank, 2, [0, 1, 2], options, False))
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"chunk_tokens": 8}], ids=str)
+def test_compiled_blocks_change_nothing(options):
+    """Forward, recomputation, evaluation; chunks too. ZeRO 3 is not compiled."""
+    with Ranks(2) as ranks:
+        check(ranks.run(on_a_rank, 2, [0, 1, 2], {"compile": True} | options, False))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

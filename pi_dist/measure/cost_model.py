@@ -54,7 +54,7 @@ def exchanged_bytes(config: Config, layer: int) -> float:
     """
     model, training, ranks = config.model, config.training, config.parallel.sp_degree
     element, length = BYTES[training.precision], training.context // ranks
-    forwards = 2 if training.activation_checkpointing else 1
+    forwards = 2 if training.activation_checkpointing is True else 1
     method, kv = model.methods[layer], model.kv_heads * model.head_dim
     if ranks == 1:
         total = 0.0

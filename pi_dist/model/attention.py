@@ -88,7 +88,7 @@ class Gate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention by the layer's method, with rotary positions.
+    """Attention by the layer's method, with rotary positions: `project`, `attend`, then the matrix `out`.
 
     q, k, v and what the gate has `projected` come from one matrix.
     """
@@ -96,7 +96,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, pattern: PiPattern) -> None:
         super().__init__()
         self.config, self.layer, self.pattern = config, layer, pattern
-        self.method = config.methods[layer]
+        self.method, self.head_dim = config.methods[layer], config.head_dim
         gated = config.gated(layer)
         self.gate = Gate(config) if gated else None
         kv_size = config.kv_heads * config.head_dim
@@ -104,20 +104,30 @@ class Attention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], context: SequenceContext
-    ) -> torch.Tensor:
-        """[B, m, d] to [B, m, d]; `table` as from `rotary_table` for this shard's positions."""
-        config = self.config
+    def project(
+        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """[B, m, d] to (q [B, m, H, D], k, v [B, m, H_kv, D], gate [B, m, H] or None), q and k rotated.
+
+        `table` as from `rotary_table` for this shard's positions.
+        """
         query, key, value, raised = self.projection(x).split(self.sizes, dim=-1)
         gate = None if self.gate is None else self.gate(raised if self.gate.projected else query)
-        q, k, v = (
-            part.unflatten(-1, (-1, config.head_dim)) for part in (query, key, value)
-        )  # [B, m, heads, D]
-        attended = self._attend(rotate(q, table), rotate(k, table), v, gate, context)
-        return self.out(attended.flatten(2))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        return rotate(q, table), rotate(k, table), v, gate
 
-    def _attend(
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor | None,
+        context: SequenceContext,
+    ) -> torch.Tensor:
+        """What `project` gives to [B, m, d]: the operator, and the exchange of keys with other ranks."""
+        return self._operator(q, k, v, gate, context).flatten(2)
+
+    def _operator(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -1,11 +1,19 @@
-"""The π-Transformer: pre-norm blocks of attention and GELU MLP, tied embeddings."""
+"""The π-Transformer: pre-norm blocks of attention and GELU MLP, tied embeddings.
+
+Compiled, a block is two graphs around the attention operator, which stays as it is with its streams and
+collectives. The graphs read no number of a layer, so all layers of a kind share them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pi_dist.config import ModelConfig
 from pi_dist.model.attention import Attention, SequenceContext
@@ -26,9 +34,39 @@ class Block(nn.Module):
         self.mlp_up = nn.Linear(d, 4 * d, bias=False)
         self.mlp_down = nn.Linear(4 * d, d, bias=False)
 
-    def forward(self, x: torch.Tensor, table, context: SequenceContext) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), table, context)
-        return x + self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))
+    def forward(
+        self,
+        x: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        context: SequenceContext,
+        pieces: Pieces,
+    ) -> torch.Tensor:
+        before, after = pieces
+        if not torch.is_grad_enabled():
+            x = x.detach()  # one graph for evaluation and for the first pass of a recomputed block
+        return after(self, x, self.attention.attend(*before(self, x, table), context))
+
+
+def before_attention(block: Block, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]):
+    """x [B, m, d] to what `Attention.attend` takes."""
+    return block.attention.project(block.attention_norm(x), table)
+
+
+def after_attention(block: Block, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """x and what `Attention.attend` returned, [B, m, d], to the next block's x."""
+    x = x + block.attention.out(attended)
+    return x + block.mlp_down(F.gelu(block.mlp_up(block.mlp_norm(x))))
+
+
+Pieces = tuple[Callable[..., Any], ...]  # the two functions above, or what stands for them
+PIECES: Pieces = (before_attention, after_attention)
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+def keeping_products(piece: Callable[..., Any]) -> Callable[..., Any]:
+    """`piece`, whose backward pass finds inputs and matrix products, and computes the rest again."""
+    contexts = partial(create_selective_checkpoint_contexts, PRODUCTS)
+    return partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class PiTransformer(nn.Module):
@@ -39,14 +77,23 @@ class PiTransformer(nn.Module):
         context: training context, which sets the default number of strides of a schedule.
         seed: initialization, equal on every rank: N(0, 0.02), output projections of a block
             N(0, 0.02 / sqrt(2L)).
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: what the backward pass computes again: True, every block; "selective", all
+            of it but matrix products and attention.
+        compiled: compile what is around the attention operator.
     """
 
     def __init__(
-        self, config: ModelConfig, context: int, seed: int = 0, activation_checkpointing: bool = False
+        self,
+        config: ModelConfig,
+        context: int,
+        seed: int = 0,
+        activation_checkpointing: bool | Literal["selective"] = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
+        pieces = map(keeping_products, PIECES) if activation_checkpointing == "selective" else PIECES
+        self.pieces: Pieces = tuple(map(torch.compile, pieces) if compiled else pieces)
         self.patterns = layer_patterns(config, context)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
@@ -72,11 +119,13 @@ class PiTransformer(nn.Module):
             context.starts, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
         )
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing is True and torch.is_grad_enabled():
                 # nothing in a block draws from a global generator: dropout is keyed by position
-                x = checkpoint(block, x, table, context, use_reentrant=True, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, table, context, self.pieces, use_reentrant=True, preserve_rng_state=False
+                )
             else:
-                x = block(x, table, context)
+                x = block(x, table, context, self.pieces)
         return self.norm(x)
 
     def forward(
