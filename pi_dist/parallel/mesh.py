@@ -27,6 +27,12 @@ class Mesh:
     def sp_rank(self) -> int:
         return self.rank % self.sp_degree
 
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on this rank's device. The host does not wait for the work queued there before it."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     @property
     def dp_rank(self) -> int:
         return self.rank // self.sp_degree

@@ -53,7 +53,7 @@ def heldout_loss(
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in loader.evaluate():
         total[0] += evaluated_loss(model, mesh, batch, parallel, chunk_tokens)
-        total[1] += (batch.labels != IGNORE).sum().to(mesh.device)
+        total[1] += mesh.put((batch.labels != IGNORE).sum())
     model.train()
     dist.all_reduce(total)
     return (total[0] / total[1].clamp(min=1)).item()

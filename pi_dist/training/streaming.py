@@ -42,7 +42,7 @@ def summed_loss(model: Model, mesh: Mesh, batch: Batch, parallel: ParallelConfig
     """
     labels = _gathered_labels(mesh, batch)
     context = _context(mesh, batch, parallel, seed, labels)
-    return model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device), context)
+    return model(mesh.put(batch.tokens), mesh.put(batch.labels), context)
 
 
 def streamed_losses(
@@ -82,7 +82,7 @@ def evaluated_loss(
 def _gathered_labels(mesh: Mesh, batch: Batch) -> torch.Tensor | None:
     """Documents of whole sequences, in the order of ranks."""
     ids = batch.segment_ids
-    return None if ids is None else all_gather_tokens(ids.to(mesh.device), mesh.sp_group)
+    return None if ids is None else all_gather_tokens(mesh.put(ids), mesh.sp_group)
 
 
 def _context(
@@ -122,7 +122,7 @@ def _chunks(
 
     def run(chunk: int, head: bool = True) -> torch.Tensor:
         columns = slice(chunk * length, (chunk + 1) * length)
-        tokens, targets = (x[:, columns].to(mesh.device) for x in (batch.tokens, batch.labels))
+        tokens, targets = (mesh.put(x[:, columns]) for x in (batch.tokens, batch.labels))
         start = chunk_run(seq_len, chunk_tokens, chunk).start + mesh.sp_rank * tokens.shape[1]
         context = dataclasses.replace(whole, starts=(start,), chunk=chunk)
         return model(tokens, targets, context, head)

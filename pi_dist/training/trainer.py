@@ -275,11 +275,11 @@ class _Run:
     def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
         """One optimizer step. Raises TrainingError if its loss or gradient is not finite."""
         self.watch.at(step + 1, "forward and backward")
-        device, parallel, training = self.mesh.device, self.config.parallel, self.config.training
-        valid = sum((batch.labels != IGNORE).sum() for batch in batches).to(device, torch.float64)
+        parallel, training = self.config.parallel, self.config.training
+        valid = self.mesh.put(sum((batch.labels != IGNORE).sum() for batch in batches).double())
         dist.all_reduce(valid)
         seed = derive_seed(training.seed, step)
-        total = torch.zeros(1, dtype=torch.float64, device=device)
+        total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         losses = (
             loss_sum
             for batch in batches
@@ -296,7 +296,7 @@ class _Run:
                 self.engine.step(step)
         self.watch.at(step + 1, "update")
         asked = torch.tensor([stop.number == number for number in STOP_SIGNALS], dtype=torch.float64)
-        sums = torch.cat([total, asked.to(device)])  # loss, and ranks that got each signal
+        sums = torch.cat([total, self.mesh.put(asked)])  # loss, and ranks that got each signal
         dist.all_reduce(sums)
         mean = sums[0] / valid.clamp(min=1)
         self.engine.step(step, mean)
