@@ -364,10 +364,11 @@ def _bench_parser() -> ArgumentParser:
         description="Measure on this machine. kernel: the operator beside its floor and other kernels. "
         "blocks: tile sizes of the kernels, written to the table that they are read from. "
         "sp: training steps of every method on the ranks of the launcher "
-        "(torchrun --nproc-per-node 2 -m pi_dist bench sp ...), and with one rank their baseline.",
+        "(torchrun --nproc-per-node 2 -m pi_dist bench sp ...), and with one rank their baseline. "
+        "step: a step of each preset on one device, what it is spent on, and how far chunks carry.",
         exit_on_error=False,
     )
-    parser.add_argument("what", type=Literal["kernel", "blocks", "sp"], help="what to measure")
+    parser.add_argument("what", type=Literal["kernel", "blocks", "sp", "step"], help="what to measure")
     parser.add_argument(
         "--json",
         type=str | None,
@@ -378,22 +379,31 @@ def _bench_parser() -> ArgumentParser:
         "--head-dim", type=int, default=64, help="blocks: the head_dim to choose tile sizes for"
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="kernel, sp: stop after so long; run again to go on"
+        "--minutes", type=float, default=8.0, help="kernel, sp, step: stop after so long; run again to go on"
     )
     parser.add_argument(
         "--plot",
         type=str | None,
         default=None,
-        help="kernel: draw the record there; sp: what ran when, of --trace (.svg, .png)",
+        help="kernel, step: draw the record there; sp: what ran when, of --trace (.svg, .png)",
     )
     parser.add_argument(
-        "--presets", type=str, default="small,medium", help="sp: tiny, small, medium, large, with commas"
+        "--presets",
+        type=str | None,
+        default=None,
+        help="tiny, small, medium, large, with commas; default: small,medium (sp), and large (step)",
     )
     parser.add_argument(
         "--contexts",
+        type=str | None,
+        default=None,
+        help="tokens of a sequence, over all ranks, with commas; default: 32k to 1M (sp), 8k to 1M (step)",
+    )
+    parser.add_argument(
+        "--streamed",
         type=str,
-        default="32768,65536,131072,262144,1048576",
-        help="sp: tokens of a sequence, over all ranks, with commas",
+        default="1048576,4194304,16777216,134217728",
+        help="step: contexts to train in chunks, with commas",
     )
     parser.add_argument(
         "--methods",
@@ -402,7 +412,7 @@ def _bench_parser() -> ArgumentParser:
         help="sp: which methods; dense runs on one rank, ring and ulysses on several",
     )
     parser.add_argument(
-        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp: as parallel.device"
+        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp, step: as parallel.device"
     )
     parser.add_argument(
         "--trace",
@@ -438,8 +448,8 @@ def _bench(arguments: Namespace) -> int:
 
         complete = bench_sp(
             arguments.json,
-            arguments.presets.split(","),
-            _sizes("contexts", arguments.contexts),
+            (arguments.presets or "small,medium").split(","),
+            _sizes("contexts", arguments.contexts or "32768,65536,131072,262144,1048576"),
             arguments.methods.split(","),
             minutes=arguments.minutes,
             device=arguments.device,
@@ -449,6 +459,22 @@ def _bench(arguments: Namespace) -> int:
             from pi_dist.measure.figures import draw_timeline
 
             draw_timeline(arguments.trace, arguments.plot)
+        return 0 if complete else 3
+    if arguments.what == "step":
+        from pi_dist.measure.step_bench import bench as bench_step
+
+        complete = bench_step(
+            arguments.json,
+            (arguments.presets or "small,medium,large").split(","),
+            _sizes("contexts", arguments.contexts or "8192,32768,131072,1048576"),
+            _sizes("streamed", arguments.streamed),
+            minutes=arguments.minutes,
+            device=arguments.device,
+        )
+        if arguments.plot is not None:
+            from pi_dist.measure.figures import draw_steps
+
+            draw_steps(arguments.json, arguments.plot)
         return 0 if complete else 3
     from pi_dist.measure.kernel_bench import bench
 

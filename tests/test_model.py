@@ -10,7 +10,7 @@ from pi_dist.config import ModelConfig
 from pi_dist.measure.reach import report
 from pi_dist.model import attention
 from pi_dist.model.attention import Gate, SequenceContext
-from pi_dist.model.flops import mean_pairs, training_flops_per_token
+from pi_dist.model.flops import mean_pairs, recomputed_flops_per_token, training_flops_per_token
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.rotary import rotary_table, rotate
 from pi_dist.model.transformer import PiTransformer
@@ -421,7 +421,9 @@ def test_flops_are_what_pytorch_counts(changes, activation_checkpointing):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model.hidden(tokens, SequenceContext())
         recomputed = forward.get_total_flops()
-        assert recomputed > 0
+        pairs = 4 * config.head_dim * batch * pairs_by_enumeration(config, context)
+        expected = batch * context * recomputed_flops_per_token(config, context)
+        assert recomputed + pairs == pytest.approx(expected, rel=1e-12)
 
     heads = (config.num_heads, config.kv_heads, config.kv_heads)
     q, k, v = (torch.randn(1, context, h, config.head_dim, requires_grad=True) for h in heads)

@@ -309,6 +309,48 @@ def _draw_times(axes: Axes, rows: list[dict]) -> None:
     axes.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 
 
+def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Tokens/s and MFU over the context, of a record of `pi-dist bench step`; a line a preset and policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    content = json.loads(Path(record).read_text())
+    rows = [row for row in content["rows"] if row["ms"] is not None]
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    policies = {  # of what the backward pass computes again: style of its line
+        "nothing again": ("-", lambda row: row["activation_checkpointing"] is False),
+        "what is cheap again": ("--", lambda row: row["activation_checkpointing"] == "selective"),
+        "blocks again": (":", lambda row: row["activation_checkpointing"] is True),
+        "in chunks": ("-.", lambda row: row["chunk_tokens"] is not None),
+    }
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        for axes, key, title in zip(panels, ("tokens_per_s", "mfu"), ("tokens/s", "MFU"), strict=True):
+            for preset, colour in zip(presets, _RANK_COLOURS, strict=False):
+                for policy, (style, belongs) in policies.items():
+                    of_policy = [
+                        row
+                        for row in rows
+                        if row["preset"] == preset and row[key] is not None and belongs(row)
+                        if policy == "in chunks" or row["chunk_tokens"] is None
+                        if (row["engine"], row["eager"], row["window"]) == ("deepspeed", False, 4)
+                    ]
+                    points = sorted((row["tokens"], row[key]) for row in of_policy)
+                    if points:
+                        label = f"{preset}, {policy}"
+                        axes.plot(*zip(*points, strict=True), style, color=colour, marker="o", label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("tokens of a sequence")
+            axes.set_title(title, **_HEADING)
+        panels[0].legend(fontsize=7, frameon=False)
+        figure.suptitle(f"{content['device']}: one optimizer step")
+        _save(figure, path)
+        plt.close(figure)
+
+
 def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
     """One layer's worth of a step as `pi-dist bench sp --trace` wrote it: what ran while rows travelled."""
     import matplotlib

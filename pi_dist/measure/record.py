@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from pi_dist.config import Config, UserError
+from pi_dist.config import Config, UserError, compiles, num_chunks
 from pi_dist.measure.reach import report
-from pi_dist.model.flops import training_flops_per_token
+from pi_dist.model.flops import recomputed_flops_per_token, training_flops_per_token
 from pi_dist.training.trainer import Outcome
 
 # dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
@@ -32,12 +32,19 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
     """What every row about training steps has.
 
     Memory is this rank's peak since the statistics were last reset, in MiB. mfu is a share of the data
-    sheet's dense bf16 rate, null where that is not known. seconds: of one optimizer step.
+    sheet's dense bf16 rate, null where that is not known; hfu counts what is recomputed too. seconds: of one
+    optimizer step.
     """
     t, model = config.training, config.model
     tokens = t.context * t.batch_size
     peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
-    flops = training_flops_per_token(model, t.context) * tokens
+    flops = training_flops_per_token(model, t.context)
+    recomputed = 0.0
+    if t.activation_checkpointing is True:
+        recomputed += recomputed_flops_per_token(model, t.context)
+    if num_chunks(t) > 1:  # all chunks but the last are worked on twice
+        recomputed += recomputed_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
+    rate = tokens / seconds / world_size / peak if peak and t.precision == "bf16" else None
     reach = report(model, t.context)
     cuda = torch.cuda.is_available() and config.parallel.device != "cpu"
     return {
@@ -55,11 +62,14 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
         "zero_stage": config.parallel.zero_stage,
         "precision": t.precision,
         "activation_checkpointing": t.activation_checkpointing,
+        "chunk_tokens": t.chunk_tokens,
+        "compiled": compiles(config, "cuda" if cuda else "cpu"),
         "exchange": config.parallel.exchange,
         "overlap": config.parallel.overlap,
         "ms": round(seconds * 1e3, 2),
         "tokens_per_s": round(tokens / seconds),
-        "mfu": round(flops / seconds / world_size / peak, 4) if peak and t.precision == "bf16" else None,
+        "mfu": round(flops * rate, 4) if rate else None,
+        "hfu": round((flops + recomputed) * rate, 4) if rate else None,
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
         "reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None,
         "reach": min(reach.reach, t.context - 1),

@@ -10,7 +10,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from pi_dist.config import (
     EXACT_METHODS,
-    PRESETS,
     Config,
     ConfigError,
     Method,
@@ -29,26 +28,22 @@ from pi_dist.config import (
     TrainingConfig,
     UserError,
     check,
+    compiles,
 )
-from pi_dist.data.loader import Batch
 from pi_dist.measure.cost_model import exchanged_bytes
-from pi_dist.measure.record import resume, step_row, write
+from pi_dist.measure.record import step_row
+from pi_dist.measure.steps import PAPER, WIDE, Record, Steps, agreed, check_presets, model_of
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms, kernels_of
 from pi_dist.model.transformer import PiTransformer
-from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training.deepspeed_engine import Engine
-from pi_dist.training.streaming import summed_loss
 
 METHODS: tuple[Method, ...] = ("pi", "window", "ring", "ulysses", "dense")
-PAPER = {"window": 4, "stride": 16, "num_skips": 1}  # the pattern of the paper
-WIDE = {"window": 64, "stride": 65, "num_skips": 16}  # that of the shipped configurations, in every layer
 MODES_AT = (32768, 131072)  # contexts at which every form of the exchange is timed
 SLOWEST_MS = 60_000.0  # a step expected to be slower is predicted
 TIMED_STEPS = 5
 TIMED_S = 8.0  # fewer steps where they would take longer than this, but at least one
-VOCABULARY = 50304  # where the preset names none
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,8 @@ class Setup:
     def config(self, tokens: int, num_ranks: int, device: str, precision: str) -> Config:
         """The run's configuration at a context; raises ConfigError if it cannot be split so."""
         pattern = {"window": self.window, "stride": self.stride, "num_skips": self.num_skips}
-        preset = PRESETS[self.preset]
-        vocab_size = preset.vocab_size or VOCABULARY
-        model = replace(preset, method=self.method, vocab_size=vocab_size, **pattern)
         config = Config(
-            model=model,
+            model=model_of(self.preset, method=self.method, **pattern),
             parallel=ParallelConfig(
                 sp_degree=num_ranks, overlap=self.overlap, exchange=self.exchange, device=device, zero_stage=1
             ),
@@ -107,46 +99,6 @@ def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterato
                 yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
 
 
-def random_batch(config: Config, mesh: Mesh) -> Batch:
-    """This rank's tokens of sequences of random tokens, of one document."""
-    t, generator = config.training, torch.Generator().manual_seed(mesh.sp_rank)
-    shape = (t.micro_batch_size, t.context // mesh.sp_degree)
-    tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
-    starts = shard_starts(t.context, mesh.sp_degree, mesh.sp_rank, config.balanced)
-    return Batch(tokens, labels, None, starts=starts, row_start=0)
-
-
-class _Steps:
-    """Steps of one setup at one context."""
-
-    def __init__(self, engine: Engine, mesh: Mesh, config: Config) -> None:
-        self.engine, self.mesh, self.config = engine, mesh, config
-        self.batch = random_batch(config, mesh)
-        self.valid = torch.tensor(
-            float(config.training.context * config.training.batch_size), device=mesh.device
-        )
-
-    def one(self) -> None:
-        loss_sum = summed_loss(self.engine, self.mesh, self.batch, self.config.parallel, seed=0)
-        self.engine.backward(loss_sum, self.valid)
-        self.engine.step(0)
-
-    def timed(self) -> float:
-        """Seconds of one step, of the slowest rank."""
-        self._wait()
-        dist.barrier()
-        began = time.perf_counter()
-        self.one()
-        self._wait()
-        seconds = torch.tensor(time.perf_counter() - began, device=self.mesh.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return seconds.item()
-
-    def _wait(self) -> None:
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
 def measure(
     engine: Engine, mesh: Mesh, config: Config, model: PiTransformer
 ) -> tuple[dict[str, Any], list[Kernel]]:
@@ -154,7 +106,7 @@ def measure(
 
     The first step, which compiles, is also the one whose bytes are counted.
     """
-    cuda, steps = mesh.device.type == "cuda", _Steps(engine, mesh, config)
+    cuda, steps = mesh.device.type == "cuda", Steps(engine, mesh, config)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -212,47 +164,11 @@ def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
     return *(row[key] for key in keys), row["world_size"]
 
 
-class _Record:
-    """The record on rank 0; every rank knows its rows."""
-
-    def __init__(self, path: str, mesh: Mesh, precision: str) -> None:
-        self.path, self.writes = path, mesh.rank == 0
-        found: list[Any] = [None]
-        if self.writes:
-            found = [self._open(precision)]
-        dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        self.content: dict[str, Any] = found[0]
-
-    def _open(self, precision: str) -> dict[str, Any] | UserError:
-        settings = {"precision": precision, "activation_checkpointing": True, "data": "random tokens"}
-        try:
-            return resume(self.path, settings | {"attempting": None})
-        except UserError as error:  # every rank raises it
-            return error
-
-    def of(self, setup: Setup, world_size: int) -> list[dict[str, Any]]:
-        """The rows of a setup on so many ranks, by context."""
-        wanted = _identity(vars(setup) | {"tokens": 0, "world_size": world_size})[:-2]
-        rows = self.content["rows"]
-        mine = (row for row in rows if _identity(row)[:-2] == wanted and row["world_size"] == world_size)
-        return sorted(mine, key=lambda row: row["tokens"])
-
-    def attempt(self, what: list[Any] | None) -> None:
-        """Note what is about to run: if it takes the process with it, it is not tried again."""
-        self.content["settings"]["attempting"] = what
-        self._write()
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.content["rows"].append(row)
-        self.attempt(None)
-        if self.writes:
-            print(_line(row), flush=True)
-
-    def _write(self) -> None:
-        if self.writes:
-            write(self.content, self.path)
+def _rows_of(record: Record, setup: Setup, world_size: int) -> list[dict[str, Any]]:
+    """The rows of a setup on so many ranks, by context."""
+    wanted = _identity(vars(setup) | {"tokens": 0, "world_size": world_size})[:-2]
+    mine = (row for row in record.rows if _identity(row)[:-2] == wanted and row["world_size"] == world_size)
+    return sorted(mine, key=lambda row: row["tokens"])
 
 
 def bench(
@@ -273,25 +189,23 @@ def bench(
     Raises:
         UserError: an unknown preset or method, or a record of another device or of other versions.
     """
-    for name, given, known in (("presets", presets, tuple(PRESETS)), ("methods", methods, METHODS)):
-        if not set(given) <= set(known):
-            raise UserError(f"bench sp: {name} ({', '.join(given)}) in {known} does not hold")
+    check_presets("bench sp", presets)
+    if not set(methods) <= set(METHODS):
+        raise UserError(f"bench sp: methods ({', '.join(methods)}) in {METHODS} does not hold")
     until, ranks = time.monotonic() + 60 * minutes, world_size_from_launcher()
     mesh = make_mesh(ranks, start(device, 180.0))
     precision = "bf16" if mesh.device.type == "cuda" else "fp32"
-    record = _Record(path, mesh, precision)
+    settings = {"precision": precision, "activation_checkpointing": True, "data": "random tokens"}
+    record = Record(path, mesh, settings, _line)
     complete = True
     for setup, everywhere in setups(presets, methods, ranks):
         wanted = [n for n in sorted(contexts) if everywhere or n in MODES_AT or n == min(contexts)]
-        done = {row["tokens"] for row in record.of(setup, ranks)}
+        done = {row["tokens"] for row in _rows_of(record, setup, ranks)}
         left = [n for n in wanted if n not in done]
         complete = not left or _run(setup, left, mesh, record, device, precision, trace, until)
         if not complete:
             break
-    if mesh.rank == 0:
-        print(
-            f"{len(record.content['rows'])} rows in {path}" + ("" if complete else "; run it again to go on")
-        )
+    record.close(complete)
     return complete
 
 
@@ -300,18 +214,11 @@ def is_last_rank() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
-def _agreed(here: bool) -> bool:
-    """What rank 0 finds."""
-    answer = [here]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
-
-
 def _run(
     setup: Setup,
     contexts: list[int],
     mesh: Mesh,
-    record: _Record,
+    record: Record,
     device: str,
     precision: str,
     trace: str | None,
@@ -332,22 +239,26 @@ def _run(
             except ConfigError as reason:
                 record.add(empty | {"note": str(reason)})
                 continue
-            rows, what = record.of(setup, mesh.world_size), [*vars(setup).values(), tokens, mesh.world_size]
+            rows, what = (
+                _rows_of(record, setup, mesh.world_size),
+                [*vars(setup).values(), tokens, mesh.world_size],
+            )
             guess = predicted(rows, tokens) if setup.method in EXACT_METHODS else None
             if any(row["fits"] is False for row in rows):
                 record.add(empty | {"fits": False, "note": "out of memory at a shorter context"})
-            elif record.content["settings"]["attempting"] == what:
+            elif record.attempted(what):
                 record.add(empty | {"note": "the process ended while this was measured"})
             elif guess is not None and guess["ms"] > SLOWEST_MS:
                 shape = step_row(config, mesh.world_size, guess["ms"] / 1e3, None)
                 fits = "peak_mib" not in guess or guess["peak_mib"] < _capacity_mib(mesh)
                 record.add(shape | {"preset": setup.preset, "fits": fits} | guess | {"measured": False})
-            elif _agreed(time.monotonic() > until):
+            elif agreed(time.monotonic() > until):
                 return False
             else:
                 record.attempt(what)
                 if engine is None:
-                    model = PiTransformer(config.model, tokens, activation_checkpointing=True)
+                    compiled = compiles(config, mesh.device.type)
+                    model = PiTransformer(config.model, tokens, 0, True, compiled)
                     engine = Engine(model, config, mesh)
                 row, kernels = measure(engine, mesh, config, model)
                 record.add({"preset": setup.preset} | row)

@@ -19,6 +19,12 @@ def mean_pairs(config: ModelConfig, context: int) -> float:
     return total / context / config.num_layers
 
 
+def recomputed_flops_per_token(config: ModelConfig, context: int) -> float:
+    """What the backward pass computes once more where all blocks are recomputed: their forward pass."""
+    head = 6.0 * config.hidden_size * config.vocab_size
+    return (training_flops_per_token(config, context) - head) / 3
+
+
 def training_flops_per_token(config: ModelConfig, context: int) -> float:
     """`6·N_matmul + 12·H·head_dim·Σ_l pairs_l`: forward 2 FLOP a multiply-add, backward twice that.
 

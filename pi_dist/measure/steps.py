@@ -1,0 +1,151 @@
+"""Whole training steps on random tokens, and the record of a benchmark that is made of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from pi_dist.config import PRESETS, Config, ModelConfig, UserError, num_chunks
+from pi_dist.data.loader import Batch
+from pi_dist.measure.record import resume, write
+from pi_dist.parallel.exchange_plan import shard_starts
+from pi_dist.parallel.mesh import Mesh
+from pi_dist.training.streaming import streamed_losses
+
+PAPER = {"window": 4, "stride": 16, "num_skips": 1}  # the pattern of the paper
+WIDE = {"window": 64, "stride": 65, "num_skips": 16}  # that of the shipped configurations, in every layer
+VOCABULARY = 50304  # where the preset names none
+
+Row = dict[str, Any]
+
+
+class Trains(Protocol):
+    """What of an engine a step needs; see `Engine`."""
+
+    def __call__(self, *args: Any) -> torch.Tensor: ...
+    def backward(self, loss_sum: torch.Tensor, valid_tokens: torch.Tensor) -> None: ...
+    def step(self, step: int) -> None: ...
+
+
+def model_of(preset: str, **changes: Any) -> ModelConfig:
+    """A preset with a vocabulary and these changes."""
+    return replace(PRESETS[preset], **{"vocab_size": PRESETS[preset].vocab_size or VOCABULARY} | changes)
+
+
+def check_presets(command: str, presets: list[str]) -> None:
+    """Raise UserError for a preset that is not known."""
+    if not set(presets) <= set(PRESETS):
+        raise UserError(f"{command}: presets ({', '.join(presets)}) in {tuple(PRESETS)} does not hold")
+
+
+def random_batch(config: Config, mesh: Mesh) -> Batch:
+    """This rank's tokens of sequences of random tokens, of one document."""
+    t, generator = config.training, torch.Generator().manual_seed(mesh.sp_rank)
+    shape = (t.micro_batch_size, t.context // mesh.sp_degree)
+    tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
+    starts = shard_starts(t.context, mesh.sp_degree, mesh.sp_rank, config.balanced, t.chunk_tokens)
+    return Batch(tokens, labels, None, starts=starts, row_start=0)
+
+
+class Steps:
+    """Steps of one engine at one context, one micro-batch a step."""
+
+    def __init__(self, engine: Trains, mesh: Mesh, config: Config) -> None:
+        self.engine, self.mesh, self.config = engine, mesh, config
+        self.batch = random_batch(config, mesh)
+        self.valid = torch.tensor(
+            float(config.training.context * config.training.batch_size), device=mesh.device
+        )
+
+    def gradients(self) -> None:
+        """All of a step but the update."""
+        parallel, chunk_tokens = self.config.parallel, self.config.training.chunk_tokens
+        losses = streamed_losses(self.engine, self.mesh, self.batch, parallel, 0, chunk_tokens)
+        last = num_chunks(self.config.training) - 1
+        for number, loss_sum in enumerate(losses):
+            self.engine.backward(loss_sum, self.valid)
+            if number < last:
+                self.engine.step(0)
+
+    def update(self) -> None:
+        self.engine.step(0)
+
+    def one(self) -> None:
+        self.gradients()
+        self.update()
+
+    def timed(self) -> float:
+        """Seconds of one step, of the slowest rank."""
+        self._wait()
+        dist.barrier()
+        began = time.perf_counter()
+        self.one()
+        self._wait()
+        seconds = torch.tensor(time.perf_counter() - began, device=self.mesh.device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        return seconds.item()
+
+    def _wait(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def agreed(here: bool) -> bool:
+    """What rank 0 finds."""
+    answer = [here]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+class Record:
+    """The record on rank 0; every rank knows its rows.
+
+    Args:
+        line: what is printed of a row.
+
+    Raises:
+        UserError: on every rank, for a record of another device or of other versions.
+    """
+
+    def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
+        self.path, self.writes, self._line = path, mesh.rank == 0, line
+        found: list[Any] = [None]
+        if self.writes:
+            try:
+                found = [resume(path, settings | {"attempting": None})]
+            except UserError as error:  # every rank raises it
+                found = [error]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        self.content: dict[str, Any] = found[0]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content["rows"]
+
+    def attempt(self, what: list[Any] | None) -> None:
+        """Note what is about to run: if it takes the process with it, it is not tried again."""
+        self.content["settings"]["attempting"] = what
+        if self.writes:
+            write(self.content, self.path)
+
+    def attempted(self, what: list[Any]) -> bool:
+        """Whether it took a process with it."""
+        return self.content["settings"]["attempting"] == what
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.attempt(None)
+        if self.writes:
+            print(self._line(row), flush=True)
+
+    def close(self, complete: bool) -> None:
+        """Say how far it is."""
+        if self.writes:
+            print(f"{len(self.rows)} rows in {self.path}" + ("" if complete else "; run it again to go on"))
