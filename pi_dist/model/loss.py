@@ -86,6 +86,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     dhidden[tile] = logits @ weight
                 if need_weight:
                     _add_product(dweight, logits.T, rows)
+                del logits  # before there is another tile
         ctx.save_for_backward(dhidden, dweight)
         return total
 
