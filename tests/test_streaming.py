@@ -1,5 +1,6 @@
 """Training in chunks: loss and every gradient of the whole sequence, in memory that does not grow with it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,17 +17,20 @@ from test_key_exchange import rows_by_brute_force
 from test_trainer import config_for, run_three, train_on, weights
 from test_training_parity import CLIP_NORM, MODEL, check, on_a_rank, one_process
 
-from pi_dist.config import ModelConfig, ParallelConfig
+from pi_dist.config import PRESETS, Config, ConfigError, ModelConfig, ParallelConfig, TrainingConfig
 from pi_dist.data.loader import Batch
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops import PiPattern
+from pi_dist.ops.pattern import layer_patterns
 from pi_dist.ops.spec import Run
 from pi_dist.parallel.exchange_plan import make_plan, shard_starts
-from pi_dist.parallel.kept_keys import KeptKeys
+from pi_dist.parallel.host_memory import HostMemory
+from pi_dist.parallel.kept_keys import KeptKeys, Placement, kept_size
 from pi_dist.parallel.mesh import Mesh
-from pi_dist.training.streaming import evaluated_loss, streamed_losses
+from pi_dist.training.kept_memory import Memory, plan_kept_rows
+from pi_dist.training.streaming import ON_DEVICE, evaluated_loss, streamed_losses
 
 SEED = 11
 
@@ -96,7 +100,23 @@ def at_once(config, arguments, dtype=torch.float64):
     return loss.detach(), heldout, {name: p.grad for name, p in model.named_parameters()}
 
 
-def in_chunks(config, arguments, chunk_tokens, recompute, parallel=None, dtype=torch.float64):
+class PoisonedMemory(HostMemory):
+    """Whoever loads what was given back finds NaN."""
+
+    def give_back(self, buffer):
+        buffer.fill_(float("nan"))
+        super().give_back(buffer)
+
+
+def placed(where):
+    """Where rows are kept, by a name: "device", or in "host" memory, or there also what lies "between"."""
+    return ON_DEVICE if where == "device" else Placement(PoisonedMemory(), spread=where == "host")
+
+
+PLACES = ["device", "host", "between"]
+
+
+def in_chunks(config, arguments, chunk_tokens, recompute, parallel=None, dtype=torch.float64, where="device"):
     """As `at_once`, on the ranks of the default group if there is one, whose sums are returned."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     group = dist.group.WORLD if ranks > 1 else None
@@ -108,11 +128,11 @@ def in_chunks(config, arguments, chunk_tokens, recompute, parallel=None, dtype=t
     batch = Batch(*(x[:, columns] for x in whole), starts=starts, row_start=3)
     model = make_model(config, length, recompute, dtype)
     parallel = parallel or ParallelConfig()
-    total = 0
-    for loss in streamed_losses(model, mesh, batch, parallel, SEED, chunk_tokens):
+    total, placement = 0, placed(where)
+    for loss in streamed_losses(model, mesh, batch, parallel, SEED, chunk_tokens, placement):
         total += loss.detach()
         loss.backward()
-    heldout = evaluated_loss(model.eval(), mesh, batch, parallel, chunk_tokens)
+    heldout = evaluated_loss(model.eval(), mesh, batch, parallel, chunk_tokens, placement)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     if group is not None:
         for tensor in (total, heldout, *gradients.values()):
@@ -145,6 +165,23 @@ def test_equals_the_whole_sequence(config, length, chunk_tokens, labels_kind, se
     assert_equal(in_chunks(config, arguments, chunk_tokens, recompute), at_once(config, arguments))
 
 
+@settings(max_examples=60)
+@given(
+    models(),
+    st.integers(13, 40),
+    st.integers(1, 12),
+    st.sampled_from(["none", "padded"]),
+    st.booleans(),
+    st.sampled_from(["host", "between"]),
+)
+def test_rows_in_host_memory_change_no_bit(config, length, chunk_tokens, labels_kind, recompute, where):
+    """Rows and gradients that leave and return, with what lies between skips and without."""
+    arguments = ((length, labels_kind, 5), chunk_tokens, recompute)
+    here, there = (in_chunks(config, *arguments, where=place) for place in ("device", where))
+    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+    assert all(torch.equal(here[2][name], there[2][name]) for name in here[2])
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_equals_the_whole_sequence_on_several_ranks(ranks, num_ranks):
     """Halos that lie on other ranks, in this chunk and in earlier ones; every form of exchange."""
@@ -158,12 +195,14 @@ def test_equals_the_whole_sequence_on_several_ranks(ranks, num_ranks):
         st.sampled_from(["ring_all_to_all", "all_to_all"]),
         st.sampled_from(["none", "interior"]),
         st.booleans(),
+        st.sampled_from(PLACES),
     )
-    def check_case(config, shard_length, num_chunks, labels_kind, exchange, overlap, recompute):
+    def check_case(config, shard_length, num_chunks, labels_kind, exchange, overlap, recompute, where):
         chunk_tokens = shard_length * num_ranks
         arguments = (chunk_tokens * num_chunks, labels_kind, 5)
         parallel = ParallelConfig(exchange=exchange, overlap=overlap)
-        found = ranks(num_ranks).run(in_chunks, config, arguments, chunk_tokens, recompute, parallel)
+        options = (recompute, parallel, torch.float64, where)
+        found = ranks(num_ranks).run(in_chunks, config, arguments, chunk_tokens, *options)
         for of_rank in found:
             assert_equal(of_rank, at_once(config, arguments))
 
@@ -254,11 +293,22 @@ def test_training_runs_equal_those_at_once_and_resume_bit_equal(corpus, tmp_path
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_says_where_rows_are_kept_and_host_memory_changes_no_loss(corpus, tmp_path, capfd):
+    runs = []
+    for where in ("device", "host"):
+        config = config_for(corpus, tmp_path / where, sp=1, stage=1, chunk_tokens=16, kept_rows=where)
+        runs.append(train_on(1, config)[0])
+    assert runs[0].losses == runs[1].losses and runs[0].heldout_loss == runs[1].heldout_loss
+    said = capfd.readouterr().out
+    assert re.search(r"8 chunks of 16 tokens; a rank keeps .* MiB of .* gradients, on the device", said)
+    assert re.search(r"8 chunks of 16 tokens; a rank keeps .* MiB of .* gradients, in host memory but", said)
+
+
 class Held:
     """Bytes that autograd has saved and layers have kept, at their most, of chunks of a sequence."""
 
     def __init__(self, monkeypatch):
-        self.saved, self.kept = 0, 0
+        self.saved, self.kept, self.rows, self.on_device = 0, 0, 0, 0
         self.layers = []
         original = KeptKeys.__init__
 
@@ -268,7 +318,7 @@ class Held:
 
         monkeypatch.setattr(KeptKeys, "__init__", noting)
 
-    def train(self, config, length, chunk_tokens):
+    def train(self, config, length, chunk_tokens, placement=ON_DEVICE):
         batch = Batch(*sequences(length, "none", 0), starts=(0,), row_start=0)
         model = make_model(config, length, False, torch.float32)
         mesh = Mesh(0, 1, 1, torch.device("cpu"), None)
@@ -279,17 +329,22 @@ class Held:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            for loss in streamed_losses(model, mesh, batch, ParallelConfig(), 0, chunk_tokens):
+            for loss in streamed_losses(model, mesh, batch, ParallelConfig(), 0, chunk_tokens, placement):
                 self.saved = max(self.saved, sum(storages.values()))
-                self.kept = max(self.kept, self.now())
+                self.rows = self.rows or self.now()  # all of them, and no gradient yet
+                self.note()
                 loss.backward()
-                self.kept = max(self.kept, self.now())
+                self.note()
                 storages.clear()
         assert self.now() == 0  # everything was handed back
         return self.saved, self.kept
 
+    def note(self):
+        self.kept = max(self.kept, self.now())
+        self.on_device = max(self.on_device, sum(x.nbytes for one in self.layers for x in one.on_device()))
+
     def now(self):
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.tensors())
+        return sum(x.nbytes for layer in self.layers for x in layer.tensors())
 
 
 def test_memory_is_one_chunk_and_the_formula(monkeypatch):
@@ -310,11 +365,70 @@ def test_memory_is_one_chunk_and_the_formula(monkeypatch):
     assert found[1] - found[0] == 2 * (4096 - 512) * (8 + 4)
 
 
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(
+    ("strides", "num_skips", "length", "chunk"),
+    [
+        ([5, 40], 2, 500, 64),
+        ([200, 3], 3, 1024, 64),
+        ([[1, 1, 40, 40], [9, 9, 9, 2]], 1, 300, 16),
+        ([70, 500], 5, 900, 32),
+    ],
+)
+def test_the_closed_form_is_what_layers_hold(monkeypatch, where, strides, num_skips, length, chunk):
+    """All rows to the byte; gradients, and what is on the device, at most."""
+    config = replace(MODEL, strides=strides, num_skips=num_skips, attention_dropout=0.0, vocab_size=13)
+    held, placement = Held(monkeypatch), placed(where)
+    held.train(config, length, chunk, placement)
+    sizes = [
+        kept_size(
+            pattern,
+            config.num_heads,
+            config.kv_heads,
+            config.head_dim,
+            batch=2,
+            dtype=torch.float32,
+            seq_len=length,
+            chunk_tokens=chunk,
+            spread=placement.spread,
+        )
+        for pattern in layer_patterns(config, length)
+    ]
+    assert held.rows == sum(size.rows for size in sizes)
+    assert held.kept <= sum(size.rows + size.gradients for size in sizes)
+    if placement.memory is not None:
+        assert held.on_device <= sum(size.near + size.near_gradients for size in sizes)
+
+
+def test_rows_are_kept_where_they_fit():
+    """The paper's small model, strides up to 133,120 with 16 skips, and 4M tokens: 90 GB of kept rows."""
+    gib = 2**30
+    model = replace(PRESETS["small"], window=64, stride=65, num_skips=16, schedule="doubling")
+
+    def plan(device, host, where="auto", chunk_tokens=2**16, **changes):
+        training = TrainingConfig(context=2**22, chunk_tokens=chunk_tokens, precision="bf16", kept_rows=where)
+        config = Config(model=replace(model, **changes), training=training)
+        return plan_kept_rows(config, Memory(device, host))
+
+    whole = plan(79 * gib, 115 * gib)
+    assert whole.host and whole.spread and 85e9 < whole.size.rows < 95e9
+    assert "keeps 82.5 GiB" in whole.describe() and "in host memory" in whole.describe()
+    assert not plan(79 * gib, 115 * gib, num_layers=6).host  # strides up to 2080
+    assert plan(79 * gib, 115 * gib, "host", num_layers=6).host
+    assert not plan(None, None).host and "on the device" in plan(None, None).describe()
+    long = {"num_layers": 4, "strides": [65, 1105, 18785, 250_000], "chunk_tokens": 2**14}
+    assert plan(79 * gib, 80 * gib, **long).spread
+    assert not plan(30 * gib, 80 * gib, **long).spread  # gradients go to host memory too
+    for device, host, where in ((79, 80, "auto"), (79, 500, "device"), (10, 500, "auto"), (None, 80, "auto")):
+        with pytest.raises(ConfigError, match=r"kept rows \(82.5 GiB\) and .* does not hold"):
+            plan(device and device * gib, host * gib, where)
+
+
 def test_gradients_of_kept_rows_add_up_in_fp32():
     """256 gradients of 2^-9 that come to a row of bf16 after one of 1; in bf16 each would be rounded away."""
-    kept, k = KeptKeys(8, 4, True), torch.zeros(1, 4, 1, 2, dtype=torch.bfloat16)
+    kept, k = KeptKeys(8, 4, True, Placement()), torch.zeros(1, 4, 1, 2, dtype=torch.bfloat16)
     plan = make_plan(PiPattern(3, 9), 1, 1, 8, 1, 0, False, 4, 0)
-    kept.keep(plan, k, k, 3)
+    kept.keep(plan, k, k, PiPattern(3, 9))
     assert plan.kept == ((Run(1, 4),),)
     for size in (1.0, *[2.0**-9] * 256):
         kept.add(0, Run(1, 4), *[torch.full((1, 3, 1, 2), size)] * 2)
@@ -334,7 +448,7 @@ def test_evaluation_forgets_what_no_later_chunk_needs(monkeypatch):
 MEASURE = """
 import resource, sys
 import torch
-from pi_dist.config import ModelConfig, ParallelConfig
+from pi_dist.config import PRESETS, Config, ConfigError, ModelConfig, ParallelConfig, TrainingConfig
 from pi_dist.data.loader import Batch
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import Mesh

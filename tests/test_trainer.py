@@ -237,9 +237,9 @@ def noted_seeds(config):
 
     seeds, original = [], trainer.streamed_losses
 
-    def noting(model, mesh, batch, parallel, seed, chunk_tokens):
+    def noting(model, mesh, batch, parallel, seed, *others):
         seeds.append(seed)
-        return original(model, mesh, batch, parallel, seed, chunk_tokens)
+        return original(model, mesh, batch, parallel, seed, *others)
 
     trainer.streamed_losses = noting
     train(config)

@@ -158,7 +158,7 @@ def rows_needed(pattern: PiPattern, group: HeadGroup, shard: Run, seq_len: int) 
     return Needs(halo, _subtract(skips, _union((*halo, shard))))
 
 
-def _rows_kept(pattern: PiPattern, group: HeadGroup, shard: Run, chunk_stop: int, seq_len: int) -> Rows:
+def rows_kept(pattern: PiPattern, group: HeadGroup, shard: Run, chunk_stop: int, seq_len: int) -> Rows:
     """The rows of `shard` that queries from chunk_stop on need."""
     if chunk_stop == seq_len:
         return ()
@@ -301,7 +301,7 @@ def _plan(
                 for halo, skip in zip(held["halo"][rank], held["skip"][rank], strict=True)
             ),
         ),
-        kept=tuple(_rows_kept(pattern, group, shards[rank], whole.stop, seq_len) for group in groups),
+        kept=tuple(rows_kept(pattern, group, shards[rank], whole.stop, seq_len) for group in groups),
         blocks=(
             KeyBlock(tuple(range(num_kv_heads)), shards[rank]),
             *(

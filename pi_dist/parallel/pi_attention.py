@@ -102,7 +102,7 @@ def sequence_parallel_pi_attention(
     if kept is not None:
         if overlap == "pipelined":
             raise ValueError("overlap ('pipelined') == 'interior' or 'none' does not hold in chunks")
-        kept.keep(plan, k.detach(), v.detach(), pattern.reach())
+        kept.keep(plan, k.detach(), v.detach(), pattern)
     spec = AttentionSpec(
         pattern=pattern,
         num_kv_heads=k.shape[2],

@@ -38,7 +38,13 @@ _FIXED = (
 )
 # what changes how the run goes on: allowed, and said
 _ANNOUNCED = ("training.", "parallel.sp_degree", "parallel.zero_stage")
-_QUIET = ("training.eval_every", "training.save_every", "training.keep_checkpoints", "training.log_every")
+_QUIET = (
+    "training.kept_rows",
+    "training.eval_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+)
 
 
 class CheckpointError(UserError):

@@ -13,10 +13,11 @@ from pi_dist.data.loader import SequenceLoader
 from pi_dist.data.shards import ShardIndex, sha256_of
 from pi_dist.model.loss import IGNORE
 from pi_dist.ops.pattern import total_reach
+from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training.checkpoint import load_model, open_checkpoint
-from pi_dist.training.streaming import Model, evaluated_loss
+from pi_dist.training.streaming import ON_DEVICE, Model, evaluated_loss
 
 
 def make_loader(index: ShardIndex, config: Config, mesh: Mesh) -> SequenceLoader:
@@ -44,15 +45,16 @@ def heldout_loss(
     loader: SequenceLoader,
     parallel: ParallelConfig,
     chunk_tokens: int | None = None,
+    placement: Placement = ON_DEVICE,
 ) -> float:
     """Mean loss over every valid token of the loader's sequences, nats a token; the same on every rank.
 
-    Sequences are worked on in chunks of `chunk_tokens` tokens, or at once.
+    Sequences are worked on at once, or in chunks of `chunk_tokens` tokens, whose rows `placement` keeps.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in loader.evaluate():
-        total[0] += evaluated_loss(model, mesh, batch, parallel, chunk_tokens)
+        total[0] += evaluated_loss(model, mesh, batch, parallel, chunk_tokens, placement)
         total[1] += mesh.put((batch.labels != IGNORE).sum())
     model.train()
     dist.all_reduce(total)

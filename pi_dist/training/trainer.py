@@ -20,14 +20,16 @@ from pi_dist.data.shards import ShardIndex, open_splits
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.dropout import derive_seed
+from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training import checkpoint as checkpoints
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, make_loader
+from pi_dist.training.kept_memory import memory_of_ranks, plan_kept_rows
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
-from pi_dist.training.streaming import streamed_losses
+from pi_dist.training.streaming import ON_DEVICE, streamed_losses
 from pi_dist.training.watchdog import COLLECTIVES_LATER_S, Watchdog
 
 
@@ -111,9 +113,15 @@ def train(config: Config) -> tuple[Config, Outcome]:
     data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
     _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions())
     mesh = make_mesh(config.parallel.sp_degree, device)
+    kept = None
+    if config.training.chunk_tokens is not None:
+        kept = plan_kept_rows(config, memory_of_ranks(mesh))
     lock = _lock(config, mesh)
     found, refused = _find_checkpoint(config, mesh)
     notes = [f"refused {text}" for text in refused]
+    if kept is not None:
+        chunks = f"{num_chunks(config.training)} chunks of {config.training.chunk_tokens} tokens"
+        notes.append(f"{chunks}; a rank {kept.describe()}")
     if config.training.warmup_steps >= config.training.steps:
         notes.append(
             f"warning: warmup_steps ({config.training.warmup_steps}) < steps ({config.training.steps}) "
@@ -148,7 +156,10 @@ def train(config: Config) -> tuple[Config, Outcome]:
     stacks, say = Path(config.run_dir) / "stacks", None if metrics is None else metrics.say
     try:
         with Watchdog(stacks, config.parallel.timeout_s, say) as watch:
-            run = _Run(config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters)
+            placement = ON_DEVICE if kept is None else kept.placement()
+            run = _Run(
+                config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, placement
+            )
             return config, run.loop(first, found)
     finally:
         if metrics is not None:
@@ -233,6 +244,7 @@ class _Run:
     watch: Watchdog
     index: ShardIndex
     num_parameters: int
+    placement: Placement
 
     def loop(self, first: int, found: checkpoints.Checkpoint | None) -> Outcome:
         t = self.config.training
@@ -284,7 +296,7 @@ class _Run:
             loss_sum
             for batch in batches
             for loss_sum in streamed_losses(
-                self.engine, self.mesh, batch, parallel, seed, training.chunk_tokens
+                self.engine, self.mesh, batch, parallel, seed, training.chunk_tokens, self.placement
             )
         )
         last = len(batches) * num_chunks(training) - 1
@@ -325,6 +337,7 @@ class _Run:
             self.heldout_loader,
             self.config.parallel,
             self.config.training.chunk_tokens,
+            self.placement,
         )
         if self.metrics is not None:
             self.metrics.heldout(step, loss)
