@@ -111,9 +111,11 @@ class DataConfig:
     """Directory of prepared shards to train on."""
     heldout: str | None = None
     """Directory of prepared shards for the held-out loss; null: none is measured."""
-    packing: Literal["pack", "split"] = "pack"
+    packing: Literal["pack", "split", "join"] = "pack"
     """pack: documents are kept whole up to the context, several to a sequence, the rest padded;
-    split: documents are laid end to end and cut at every context, nothing padded but the very end."""
+    split: documents are laid end to end and cut at every context, nothing padded but the very end;
+    join: the same, but all are one document, begun again until the last context is full (any context can be
+    trained on any text; more than its tokens repeat it)."""
     shuffle: bool = True
     """Another order of the sequences in every epoch, from training.seed."""
     num_workers: int = 1

@@ -122,7 +122,7 @@ def test_an_epoch_holds_every_token_once_with_its_label(
     assert torch.equal(torch.cat([step[0].tokens for step in rows]), epochs[0]) != shuffle
     assert loader.num_tokens == int(real.sum()) == sum(COUNTS)
     assert loader.padding_share == pytest.approx(1 - sum(COUNTS) / real.numel())
-    assert rows[0][0].tokens.dtype == rows[0][0].labels.dtype == torch.int64
+    assert rows[0][0].tokens.dtype == rows[0][0].labels.dtype == torch.int32
     assert rows[0][0].segment_ids.dtype == torch.int32
 
 
@@ -381,3 +381,40 @@ def test_batches_are_frozen(index: ShardIndex) -> None:
     batch = next(make(index).evaluate())
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.row_start = 1
+
+
+def joined_text(index: ShardIndex) -> torch.Tensor:
+    """All documents end to end, end-of-text tokens included."""
+    counts = index.token_counts.tolist()
+    return torch.cat([torch.from_numpy(index.read(d, 0, n).astype(np.int32)) for d, n in enumerate(counts)])
+
+
+@pytest.mark.parametrize("context", [8, 64, 1000])
+def test_joined_documents_are_one_that_begins_again(index: ShardIndex, context: int) -> None:
+    text = joined_text(index)
+    loader = make(index, packing="join", shuffle=False, micro_batch_size=1, context=context)
+    assert loader.num_sequences == -(-len(text) // context) and loader.padding_share == 0
+    assert loader.num_tokens == loader.num_sequences * context
+    batches = [batch for step in steps(loader, 0, loader.num_sequences) for batch in step]
+    endless = text.repeat(-(-loader.num_tokens // len(text)))[: loader.num_tokens].view(-1, context)
+    assert torch.equal(torch.cat([b.tokens for b in batches]), endless)
+    labels = torch.cat([b.labels for b in batches])
+    assert torch.equal(labels[:, :-1], endless[:, 1:]) and (labels[:, -1] == -100).all()
+    assert all(b.segment_ids is None for b in batches)
+
+
+@pytest.mark.parametrize("options", [{}, {"balanced": True}, {"chunk_tokens": 8}])
+def test_joined_documents_on_several_ranks(index: ShardIndex, options: dict) -> None:
+    arguments = dict(packing="join", shuffle=False, micro_batch_size=1, context=64)
+    alone = next(make(index, **arguments).evaluate())
+    for rank in range(2):
+        part = next(make(index, **arguments, sp_rank=rank, sp_degree=2, **options).evaluate())
+        length = 32 // len(part.starts)
+        columns = [start + t for start in part.starts for t in range(length)]
+        assert torch.equal(part.tokens, alone.tokens[:, columns])
+        assert torch.equal(part.labels, alone.labels[:, columns])
+
+
+def test_a_round_that_joined_sequences_do_not_fill_has_no_labels(index: ShardIndex) -> None:
+    *_, last = make(index, packing="join", context=1000, micro_batch_size=4).evaluate()
+    assert (last.labels[1:] == -100).all() and (last.labels[0, :-1] >= 0).all()

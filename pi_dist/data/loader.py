@@ -25,7 +25,8 @@ from pi_dist.parallel.exchange_plan import shard_starts
 _OPEN_SEQUENCES = 32
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, labels, segment_ids, each int32 [B, m]
+# tokens, labels, segment_ids, each int32 [B, m], the last None if all sequences are one document
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,26 @@ def plan_sequences(token_counts: np.ndarray, context: int, packing: str) -> Sequ
 
     packing "pack": documents up to `context` stay whole, longer ones are cut at every `context` tokens;
     pieces go first-fit into at most 32 open sequences, the fullest of which is closed when none has room.
-    packing "split": documents end to end, cut at every `context`. Every token is in exactly one piece. Raises
-    ValueError otherwise.
+    packing "split": documents end to end, cut at every `context`. "join": the same, and the text begins again
+    until the last sequence is full. Every token is in exactly one piece, but for that. Raises ValueError
+    otherwise.
     """
     counts = np.asarray(token_counts, dtype=np.int64)
     if context < 1 or len(counts) == 0 or counts.min() < 1:
         raise ValueError(f"context ({context}) >= 1 and documents of >= 1 token are needed")
-    if packing == "split":
+    if packing in ("split", "join"):
+        num_documents, total = len(counts), int(counts.sum())
+        if packing == "join":
+            length, total = total, -(-total // context) * context
+            counts = np.tile(counts, -(-total // length))
         ends = np.cumsum(counts)  # where each document ends in the whole text
-        total = int(ends[-1])
-        borders = np.union1d(np.arange(0, total, context), ends)  # 0 … total
+        borders = np.union1d(np.arange(0, total, context), np.minimum(ends, total))  # 0 … total
         document = np.searchsorted(ends, borders[:-1], side="right")
         offset = ends[document] - counts[document]
         first = np.searchsorted(borders, np.append(np.arange(0, total, context), total))
-        return SequencePlan(document, borders[:-1] - offset, borders[1:] - offset, first)
+        return SequencePlan(document % num_documents, borders[:-1] - offset, borders[1:] - offset, first)
     if packing != "pack":
-        raise ValueError(f"packing: {packing!r} in ('pack', 'split') does not hold")
+        raise ValueError(f"packing: {packing!r} in ('pack', 'split', 'join') does not hold")
     pieces = -(-counts // context)
     document = np.repeat(np.arange(len(counts)), pieces)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -119,7 +124,7 @@ def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
 class Batch:
     """One micro-batch of one rank: its slice of B sequences, m = context / sp_degree positions of each.
 
-    tokens int64 [B, m], 0 at padding; labels int64 [B, m], the next token of the same document, -100 where
+    tokens int32 [B, m], 0 at padding; labels int32 [B, m], the next token of the same document, -100 where
     there is none; segment_ids int32 [B, m], number of the document's piece within its sequence, -1 at
     padding, or None: every sequence is one document, without padding. starts: positions in the sequence where
     the equally long runs of columns begin. row_start: row of the optimizer step's batch of row 0.
@@ -135,35 +140,50 @@ class Batch:
 class _SliceReader(Dataset):
     """Reads runs of `length` columns of rows. A ShardError is returned, so that a worker's arrives whole."""
 
-    def __init__(self, index: ShardIndex, plan: SequencePlan, starts: tuple[int, ...], length: int) -> None:
-        self.index, self.plan, self.starts, self.length = index, plan, starts, length
+    def __init__(
+        self, index: ShardIndex, plan: SequencePlan, starts: tuple[int, ...], length: int, joined: bool
+    ) -> None:
+        self.index, self.plan, self.starts, self.length, self.joined = index, plan, starts, length, joined
 
     def __getitem__(self, sequences: list[int]) -> Arrays | ShardError:
         """Arrays of the given sequences; -1 is a row of padding."""
         shape = (len(sequences), len(self.starts) * self.length)
         tokens = np.zeros(shape, dtype=np.int32)
         labels = np.full(shape, IGNORE, dtype=np.int32)
-        segment_ids = np.full(shape, -1, dtype=np.int32)
+        segment_ids = None if self.joined else np.full(shape, -1, dtype=np.int32)
         try:
             for row, sequence in enumerate(sequences):
                 for run, start in enumerate(self.starts if sequence >= 0 else ()):
                     columns = slice(run * self.length, (run + 1) * self.length)
-                    self._fill(
-                        tokens[row, columns], labels[row, columns], segment_ids[row, columns], sequence, start
-                    )
+                    arrays = [x if x is None else x[row, columns] for x in (tokens, labels, segment_ids)]
+                    self._fill(*arrays, sequence, start)
         except ShardError as error:
             return error
         return tokens, labels, segment_ids
 
     def _fill(
-        self, tokens: np.ndarray, labels: np.ndarray, segment_ids: np.ndarray, sequence: int, first: int
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        segment_ids: np.ndarray | None,
+        sequence: int,
+        first: int,
     ) -> None:
-        """Write positions from `first` on of one sequence into three rows [length]."""
+        """Write positions from `first` on of one sequence into three rows [length].
+
+        Joined, a label goes on into the next piece, and only the last token of the sequence has none.
+        """
         plan, position = self.plan, 0
         for segment, piece in enumerate(range(plan.first[sequence], plan.first[sequence + 1])):
             document, start, stop = int(plan.document[piece]), int(plan.start[piece]), int(plan.stop[piece])
-            begin, end = max(first, position), min(first + self.length, position + stop - start)
-            if begin < end:
+            begin = max(first, position)
+            end = min(first + self.length + self.joined, position + stop - start)
+            if begin < end and self.joined:
+                ids = self.index.read(document, begin - position + start, end - position + start)
+                column = begin - first
+                tokens[column : column + len(ids)] = ids[: self.length - column]
+                labels[max(column - 1, 0) : column + len(ids) - 1] = ids[column == 0 :]
+            elif begin < end:
                 shift = start - position  # from position in the sequence to token of the document
                 more = min(
                     end + shift + 1, int(self.index.token_counts[document])
@@ -224,7 +244,7 @@ class SequenceLoader:
         self.starts = shard_starts(context, sp_degree, sp_rank, balanced, chunk_tokens)
         self.plan = plan_sequences(index.token_counts, context, data_config.packing)
         length = context // sp_degree // len(self.starts)
-        self._reader = _SliceReader(index, self.plan, self.starts, length)
+        self._reader = _SliceReader(index, self.plan, self.starts, length, data_config.packing == "join")
 
     @property
     def num_sequences(self) -> int:
@@ -233,7 +253,9 @@ class SequenceLoader:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one epoch, padding not counted."""
+        """Tokens of one epoch, padding not counted, those that "join" repeats counted again."""
+        if self.data_config.packing == "join":
+            return self.num_sequences * self.context
         return self.index.num_tokens
 
     @property
@@ -300,6 +322,6 @@ class SequenceLoader:
         """Tensors of one micro-step; raises the ShardError that the reader met."""
         if isinstance(arrays, ShardError):
             raise arrays
-        tokens, labels, segment_ids = (torch.from_numpy(array) for array in arrays)
+        tensors = (None if array is None else torch.from_numpy(array) for array in arrays)
         row_start = round_start + self.dp_rank * self.micro_batch_size
-        return Batch(tokens.long(), labels.long(), segment_ids, self.starts, row_start)
+        return Batch(*tensors, self.starts, row_start)

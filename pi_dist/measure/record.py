@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 import statistics
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pi_dist.config import Config, UserError, compiles, num_chunks
+from pi_dist.data.shards import ShardIndex
 from pi_dist.measure.reach import report
 from pi_dist.model.flops import recomputed_flops_per_token, training_flops_per_token
 from pi_dist.training.trainer import Outcome
@@ -81,7 +83,8 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
 def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
     """The record of one training run; the step's time is the median without the first steps.
 
-    Those are five, or half of a short run. The run must have made a step.
+    Those are five, or half of a short run. The run must have made a step. text_tokens are those of the
+    training text: with "join", a context of more repeats it.
     """
     t = config.training
     seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
@@ -89,6 +92,11 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
         "first_loss": outcome.losses[0],
         "last_loss": outcome.losses[-1],
         "heldout_loss": outcome.heldout_loss,
+        "packing": config.data.packing,
+        "text_tokens": ShardIndex.open(config.data.train).num_tokens,
+        "chunk_tokens": t.chunk_tokens,
+        "kept_rows": t.kept_rows if t.chunk_tokens else None,
+        "host_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
     }
     return {
         "command": " ".join(["pi-dist", *sys.argv[1:]]),

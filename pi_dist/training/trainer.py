@@ -217,10 +217,12 @@ def _write_config(config: Config) -> None:
 
 def _opening(config: Config, mesh: Mesh, loader: SequenceLoader, num_parameters: int) -> str:
     t, p = config.training, config.parallel
+    text = loader.index.num_tokens
+    repeated = f"a text of {text:,} tokens, as one document: " if config.data.packing == "join" else ""
     return (
         f"{num_parameters:,} parameters, context {t.context}, {mesh.world_size} ranks on {mesh.device.type} "
         f"(dp {mesh.dp_degree} × sp {p.sp_degree}), ZeRO {p.zero_stage}, {t.precision}\n"
-        f"{loader.num_tokens:,} tokens in {loader.num_sequences:,} sequences an epoch "
+        f"{repeated}{loader.num_tokens:,} tokens in {loader.num_sequences:,} sequences an epoch "
         f"({loader.padding_share:.1%} padding), {t.batch_size} sequences a step, "
         f"{t.steps * t.batch_size / loader.num_sequences:.2f} epochs in {t.steps} steps"
     )
