@@ -184,6 +184,11 @@ class TrainingConfig:
     """Compile what lies around attention in every block (torch.compile): norms, rotary positions, GELU and
     gate are fused. null: where there is a GPU, but not in ZeRO 3, which gathers a module's parameters when
     Python calls it, as compiled code does not."""
+    activation_offload: bool = False
+    """Keep these inputs in pinned host memory until the backward pass comes to them."""
+    mlp_tile_tokens: int | None = None
+    """Compute the MLP, and recompute it in the backward pass, in tiles of so many tokens of a rank: its 4d
+    wide activations are of one tile, and its input is kept, beside that of the block. null: at once."""
     chunk_tokens: int | None = None
     """Work on a sequence in chunks of so many tokens, over all ranks that share it: exact, in memory that
     grows with the context only by the keys and values that later chunks look back to. null: all at once."""
@@ -380,6 +385,35 @@ def check(config: Config, world_size: int = 1) -> None:
         )
     if t.chunk_tokens is not None:
         _check_chunks(config, t.chunk_tokens)
+    _require(
+        t.chunk_tokens is not None or t.kept_rows == "auto",
+        "training.kept_rows",
+        f"kept_rows ({t.kept_rows!r}) == 'auto' with chunk_tokens null",
+        "nothing is kept of a sequence that is not in chunks",
+    )
+    _require(
+        t.activation_checkpointing is True or not t.activation_offload,
+        "training.activation_offload",
+        "activation_checkpointing == true",
+        "what goes to host memory is what it keeps",
+    )
+    _require(
+        t.chunk_tokens is None or not t.activation_offload,
+        "training.activation_offload",
+        "chunk_tokens == null",
+        "shorter chunks keep less on the device",
+    )
+    _require(
+        t.mlp_tile_tokens is None or t.mlp_tile_tokens >= 1,
+        "training.mlp_tile_tokens",
+        f"mlp_tile_tokens ({t.mlp_tile_tokens}) >= 1",
+    )
+    _require(
+        t.mlp_tile_tokens is None or p.zero_stage < 3,
+        "training.mlp_tile_tokens",
+        f"parallel.zero_stage ({p.zero_stage}) < 3",
+        "tiles need the MLP's parameters outside its module, where ZeRO 3 does not gather them",
+    )
     _require(
         t.context % p.sp_degree == 0,
         "parallel.sp_degree",

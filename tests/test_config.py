@@ -124,6 +124,37 @@ def changed(**parts):
             "training.chunk_tokens",
             "training.context (4096) % chunk_tokens (66) == 0 with parallel.sp_degree (2) > 1",
         ),
+        (
+            {"training": {"kept_rows": "host"}},
+            1,
+            "training.kept_rows",
+            "kept_rows ('host') == 'auto' with chunk_tokens null",
+        ),
+        (
+            {"training": {"activation_offload": True}},
+            1,
+            "training.activation_offload",
+            "activation_checkpointing == true",
+        ),
+        (
+            {
+                "training": {
+                    "activation_offload": True,
+                    "activation_checkpointing": True,
+                    "chunk_tokens": 64,
+                }
+            },
+            1,
+            "training.activation_offload",
+            "chunk_tokens == null",
+        ),
+        ({"training": {"mlp_tile_tokens": 0}}, 1, "training.mlp_tile_tokens", "mlp_tile_tokens (0) >= 1"),
+        (
+            {"training": {"mlp_tile_tokens": 64}, "parallel": {"zero_stage": 3}},
+            1,
+            "training.mlp_tile_tokens",
+            "parallel.zero_stage (3) < 3",
+        ),
         ({"training": {"steps": 0}}, 1, "training.steps", "steps (0) >= 1"),
         ({"training": {"learning_rate": 0.0}}, 1, "training.learning_rate", "learning_rate (0.0) > 0"),
         ({"training": {"min_learning_rate": 1.0}}, 1, "training.min_learning_rate", "<= learning_rate"),

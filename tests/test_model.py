@@ -13,7 +13,7 @@ from pi_dist.model.attention import Gate, SequenceContext
 from pi_dist.model.flops import mean_pairs, recomputed_flops_per_token, training_flops_per_token
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.rotary import rotary_table, rotate
-from pi_dist.model.transformer import PiTransformer
+from pi_dist.model.transformer import Pieces, PiTransformer, second_half
 from pi_dist.ops.oracle import neighbour_masks, pi_attention_oracle
 from pi_dist.ops.pattern import layer_patterns
 
@@ -281,7 +281,7 @@ def compiled_model(config, activation_checkpointing, backend):
         PiTransformer(config, 64, 5, activation_checkpointing, compiled=compiled)
         for compiled in (False, True)
     )
-    compiled.pieces = tuple(torch.compile(piece, backend=backend) for piece in plain.pieces)
+    compiled.pieces = Pieces(*(torch.compile(piece, backend=backend) for piece in plain.pieces))
     return plain, compiled
 
 
@@ -335,6 +335,55 @@ def test_blocks_compiled_to_machine_code(activation_checkpointing):
     for length in (64, 40):
         for a, b in zip(stepped(compiled, length), stepped(plain, length), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile_tokens", [None, 1, 7, 64])
+def test_inputs_in_host_memory_and_tiles_give_the_same_gradients(tile_tokens):
+    """Bit for bit where no sum is split, else in fp64; in a second pass, which uses buffers again, too."""
+    config, found = dataclasses.replace(TINY, attention_dropout=0.2), []
+    tokens = torch.randint(0, 23, (2, 32), generator=torch.Generator().manual_seed(0))
+    for options in ((False, False, None), (True, True, tile_tokens)):
+        model = PiTransformer(config, 32, 5, *options).double()
+        for _ in range(2):
+            model(tokens, tokens, SequenceContext(seed=9)).backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, saved in zip(*found, strict=True):
+        assert (
+            torch.equal(plain, saved)
+            if tile_tokens is None
+            else (plain - saved).norm() < 1e-12 * plain.norm()
+        )
+
+
+def test_a_tiled_mlp_holds_its_wide_activations_of_one_tile():
+    """What autograd saves at most for the MLP: its input, whole."""
+    saved = []
+    model = PiTransformer(TINY, 32, mlp_tile_tokens=4)
+    x = torch.randn(1, 32, TINY.hidden_size, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = model.blocks[0].feed_forward(x, model.pieces)
+    assert saved == [x.shape]
+    block = PiTransformer(TINY, 32).blocks[0]
+    parameters = (block.mlp_norm.weight, block.mlp_norm.bias, block.mlp_up.weight, block.mlp_down.weight)
+    assert torch.allclose(y, second_half(x, *parameters), atol=1e-6)
+
+
+def test_tiles_compute_again_in_autocast_precision():
+    """ZeRO 0 computes in bf16 under autocast, also what it computes in the backward pass."""
+    dtypes, model = [], PiTransformer(TINY, 32, mlp_tile_tokens=16)
+    x = torch.randn(1, 32, TINY.hidden_size, requires_grad=True)
+    original = torch.nn.functional.gelu
+
+    def noting(value):
+        dtypes.append(value.dtype)
+        return original(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "gelu", noting)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model.blocks[0].feed_forward(x, model.pieces)
+        y.sum().backward()
+    assert dtypes == [torch.bfloat16] * 4
 
 
 def test_presets_have_the_stated_size():

@@ -16,7 +16,7 @@ from pi_dist.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from pi_dist.data.loader import Batch
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.loss import IGNORE
-from pi_dist.model.transformer import PiTransformer
+from pi_dist.model.transformer import Pieces, PiTransformer
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training.deepspeed_engine import Engine
@@ -92,9 +92,11 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, ove
         training = TrainingConfig(context=CONTEXT, batch_size=ROWS, warmup_steps=1, **options)
         parallel = ParallelConfig(sp_degree=sp, zero_stage=stage, overlap=overlap)
         config = Config(model=model_config, parallel=parallel, training=training)
-        model = PiTransformer(model_config, CONTEXT, 1, training.activation_checkpointing)
+        saving = (training.activation_checkpointing, training.activation_offload, training.mlp_tile_tokens)
+        model = PiTransformer(model_config, CONTEXT, 1, *saving)
         if training.compile:
-            model.pieces = tuple(torch.compile(piece, backend="aot_eager") for piece in model.pieces)
+            pieces = (torch.compile(piece, backend="aot_eager") for piece in model.pieces)
+            model.pieces = Pieces(*pieces)
         engine = Engine(model, config, mesh)
         data = HeldOut(mesh, training, config.balanced)
         heldout = heldout_loss(engine, mesh, data, config.parallel, training.chunk_tokens)
@@ -191,3 +193,16 @@ def test_other_methods_and_mixed_stacks_equal_one_process(method):
     with Ranks(2) as ranks:
         found = ranks.run(on_a_rank, 2, [1, 3], {"activation_checkpointing": True}, False, "cpu", model)
     check(found, model=model)
+
+
+@pytest.mark.parametrize(
+    ("method", "chunk_tokens"), [("pi", None), ("pi", 8), ("ring", None), ("ulysses", None)]
+)
+def test_offload_and_tiles_change_nothing(method, chunk_tokens):
+    """Block inputs in host memory, and the MLP in tiles that do not divide the shard, with clipping."""
+    model = replace(MODEL, method=method, attention_dropout=0.0) if method != "pi" else MODEL
+    options = {"activation_checkpointing": True, "mlp_tile_tokens": 3, "micro_batch_size": 2}
+    options |= {"chunk_tokens": chunk_tokens, "activation_offload": chunk_tokens is None}
+    options["clip_norm"] = CLIP_NORM
+    with Ranks(2) as ranks:
+        check(ranks.run(on_a_rank, 2, [0, 1, 2], options, True, "cpu", model), model=model)

@@ -28,7 +28,6 @@ from pi_dist.config import (
     TrainingConfig,
     UserError,
     check,
-    compiles,
 )
 from pi_dist.measure.cost_model import exchanged_bytes
 from pi_dist.measure.record import step_row
@@ -257,8 +256,7 @@ def _run(
             else:
                 record.attempt(what)
                 if engine is None:
-                    compiled = compiles(config, mesh.device.type)
-                    model = PiTransformer(config.model, tokens, 0, True, compiled)
+                    model = PiTransformer.of_run(config, mesh.device.type)
                     engine = Engine(model, config, mesh)
                 row, kernels = measure(engine, mesh, config, model)
                 record.add({"preset": setup.preset} | row)

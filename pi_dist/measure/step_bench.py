@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from pi_dist.config import Config, ParallelConfig, TrainingConfig, UserError, check, compiles
+from pi_dist.config import Config, ParallelConfig, TrainingConfig, UserError, check
 from pi_dist.measure.record import step_row
 from pi_dist.measure.steps import PAPER, WIDE, Record, Row, Steps, check_presets, model_of
 from pi_dist.measure.timeline import PARTS, Profile, busy_ms, parts_ms, profiled
@@ -116,9 +116,7 @@ class _Running:
 
     def __init__(self, setup: Setup, mesh: Mesh) -> None:
         self.config = setup.config(mesh.device.type)
-        t = self.config.training
-        compiled = compiles(self.config, mesh.device.type)
-        model = PiTransformer(self.config.model, t.context, 0, t.activation_checkpointing, compiled)
+        model = PiTransformer.of_run(self.config, mesh.device.type)
         self.num_parameters = model.num_parameters()
         self.engine = (Engine if setup.engine == "deepspeed" else PlainEngine)(model, self.config, mesh)
         self.steps = Steps(self.engine, mesh, self.config)

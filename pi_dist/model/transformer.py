@@ -7,26 +7,32 @@ collectives. The graphs read no number of a layer, so all layers of a kind share
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from pi_dist.config import ModelConfig
+from pi_dist.config import Config, ModelConfig, compiles
 from pi_dist.model.attention import Attention, SequenceContext
 from pi_dist.model.loss import summed_cross_entropy
 from pi_dist.model.rotary import rotary_table
+from pi_dist.model.tiles import in_tiles
 from pi_dist.ops.pattern import PiPattern, layer_patterns
+from pi_dist.parallel.host_memory import HostMemory, inputs_in_host_memory
 
 
 class Block(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the MLP is 4d wide with GELU."""
 
-    def __init__(self, config: ModelConfig, layer: int, pattern: PiPattern) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, pattern: PiPattern, mlp_tile_tokens: int | None = None
+    ) -> None:
         super().__init__()
+        self.mlp_tile_tokens = mlp_tile_tokens
         d = config.hidden_size
         self.attention_norm = nn.LayerNorm(d)
         self.attention = Attention(config, layer, pattern)
@@ -41,10 +47,38 @@ class Block(nn.Module):
         context: SequenceContext,
         pieces: Pieces,
     ) -> torch.Tensor:
-        before, after = pieces
+        if self.mlp_tile_tokens is not None:
+            return self.feed_forward(self.attend(x, table, context, pieces), pieces)
+        return pieces.after(self, *self._attended(x, table, context, pieces))
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        context: SequenceContext,
+        pieces: Pieces,
+    ) -> torch.Tensor:
+        """The first half, of a block whose second half is in tiles."""
+        x, attended = self._attended(x, table, context, pieces)
+        return x + self.attention.out(attended)
+
+    def feed_forward(self, x: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+        """The second half, in tiles, of which the backward pass computes one at a time again."""
+        norm = self.mlp_norm
+        parameters = (norm.weight, norm.bias, self.mlp_up.weight, self.mlp_down.weight)
+        return in_tiles(pieces.second_half, x, parameters, self.mlp_tile_tokens)
+
+    def _attended(
+        self,
+        x: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        context: SequenceContext,
+        pieces: Pieces,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, what the attention operator makes of it)."""
         if not torch.is_grad_enabled():
             x = x.detach()  # one graph for evaluation and for the first pass of a recomputed block
-        return after(self, x, self.attention.attend(*before(self, x, table), context))
+        return x, self.attention.attend(*pieces.before(self, x, table), context)
 
 
 def before_attention(block: Block, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]):
@@ -58,8 +92,26 @@ def after_attention(block: Block, x: torch.Tensor, attended: torch.Tensor) -> to
     return x + block.mlp_down(F.gelu(block.mlp_up(block.mlp_norm(x))))
 
 
-Pieces = tuple[Callable[..., Any], ...]  # the two functions above, or what stands for them
-PIECES: Pieces = (before_attention, after_attention)
+def second_half(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """What `after_attention` does to its sum x [B, m, d]; the parameters are those of norm and MLP."""
+    normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
+    return x + F.linear(F.gelu(F.linear(normed, up)), down)
+
+
+class Pieces(NamedTuple):
+    """The functions that a block is made of, or what stands for them."""
+
+    before: Callable[..., Any] = before_attention
+    after: Callable[..., Any] = after_attention
+    second_half: Callable[..., Any] = second_half
+
+
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 
@@ -79,6 +131,8 @@ class PiTransformer(nn.Module):
             N(0, 0.02 / sqrt(2L)).
         activation_checkpointing: what the backward pass computes again: True, every block; "selective", all
             of it but matrix products and attention.
+        activation_offload: keep the inputs of recomputed blocks in host memory.
+        mlp_tile_tokens: tokens of a tile of the MLP, which is then recomputed by tiles; None: all at once.
         compiled: compile what is around the attention operator.
     """
 
@@ -88,19 +142,40 @@ class PiTransformer(nn.Module):
         context: int,
         seed: int = 0,
         activation_checkpointing: bool | Literal["selective"] = False,
+        activation_offload: bool = False,
+        mlp_tile_tokens: int | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
-        pieces = map(keeping_products, PIECES) if activation_checkpointing == "selective" else PIECES
-        self.pieces: Pieces = tuple(map(torch.compile, pieces) if compiled else pieces)
+        self.host_memory = HostMemory() if activation_offload else None
+        self.pieces = Pieces()
+        if activation_checkpointing == "selective":
+            kept = map(keeping_products, (self.pieces.before, self.pieces.after))
+            self.pieces = Pieces(*kept)
+        if compiled:
+            self.pieces = Pieces(*map(torch.compile, self.pieces))
         self.patterns = layer_patterns(config, context)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, layer, pattern) for layer, pattern in enumerate(self.patterns)
+            Block(config, layer, pattern, mlp_tile_tokens) for layer, pattern in enumerate(self.patterns)
         )
         self.norm = nn.LayerNorm(config.hidden_size)
         self._initialize(seed)
+
+    @classmethod
+    def of_run(cls, config: Config, device_type: str) -> PiTransformer:
+        """The model of a run's configuration, still on the CPU, for a device of this type."""
+        t = config.training
+        return cls(
+            config.model,
+            t.context,
+            t.seed,
+            t.activation_checkpointing,
+            t.activation_offload,
+            t.mlp_tile_tokens,
+            compiles(config, device_type),
+        )
 
     def _initialize(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -118,14 +193,20 @@ class PiTransformer(nn.Module):
         table = rotary_table(
             context.starts, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
         )
-        for block in self.blocks:
-            if self.activation_checkpointing is True and torch.is_grad_enabled():
+        recompute = self.activation_checkpointing is True and torch.is_grad_enabled()
+        offload = recompute and self.host_memory is not None
+        with inputs_in_host_memory(self.host_memory) if offload else nullcontext():
+            for block in self.blocks:
+                arguments = (x, table, context, self.pieces)
+                if not recompute:
+                    x = block(*arguments)
+                    continue
+                tiled = block.mlp_tile_tokens is not None  # then its second half recomputes itself
                 # nothing in a block draws from a global generator: dropout is keyed by position
                 x = checkpoint(
-                    block, x, table, context, self.pieces, use_reentrant=True, preserve_rng_state=False
+                    block.attend if tiled else block, *arguments, use_reentrant=True, preserve_rng_state=False
                 )
-            else:
-                x = block(x, table, context, self.pieces)
+                x = block.feed_forward(x, self.pieces) if tiled else x
         return self.norm(x)
 
     def forward(

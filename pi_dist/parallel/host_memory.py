@@ -66,6 +66,31 @@ class HostMemory:
             return self._stream.record_event()
 
 
+def inputs_in_host_memory(memory: HostMemory) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which tensors that autograd saves go to host memory until the backward pass.
+
+    For a chain, such as the inputs of checkpointed blocks: when one is needed, that before it is fetched.
+    Each is given out once.
+    """
+    saved: list[Movable] = []
+
+    def pack(tensor: torch.Tensor) -> int:
+        saved.append(Movable(tensor.contiguous(), memory))
+        saved[-1].save()
+        if len(saved) > 1:
+            saved[-2].leave()
+        return len(saved) - 1
+
+    def unpack(number: int) -> torch.Tensor:
+        tensor = saved[number].get()
+        saved[number].forget()
+        if number > 0:
+            saved[number - 1].fetch()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class Movable:
     """A tensor that is on its device, in host memory, or in both.
 

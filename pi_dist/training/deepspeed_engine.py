@@ -5,8 +5,8 @@ sequence-parallel degree. So each rank returns `Σ loss of its tokens · W·G / 
 steps, T valid tokens of the whole global batch): the mean over the global batch's tokens, in every ZeRO
 stage. A sequence in chunks is as many accumulation steps.
 
-DeepSpeed would wait for the device in every step: to time it, to look for overflow, to clip. So its timer and,
-in bf16, its checks are off, and AdamW clips, and skips an update that is not finite, on the device
+DeepSpeed would wait for the device in every step: to time it, to look for overflow, to clip. So its timer
+and, in bf16, its checks are off, and AdamW clips, and skips an update that is not finite, on the device
 (`guard_update`). In fp32 and in ZeRO 3 DeepSpeed looks at the norm all the same, and makes no update of one
 that is not finite.
 """

@@ -94,6 +94,7 @@ def evaluate_checkpoint(
             batch_size=dp_degree,
             micro_batch_size=1,
             chunk_tokens=chunk_tokens,
+            kept_rows="auto",
         ),
     )
     check(config, world_size_from_launcher())

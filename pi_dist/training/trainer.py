@@ -14,7 +14,7 @@ from typing import NamedTuple, TextIO
 import torch
 import torch.distributed as dist
 
-from pi_dist.config import Config, ConfigError, UserError, check, compiles, num_chunks, resolve
+from pi_dist.config import Config, ConfigError, UserError, check, num_chunks, resolve
 from pi_dist.data.loader import Batch, SequenceLoader
 from pi_dist.data.shards import ShardIndex, open_splits
 from pi_dist.model.loss import IGNORE
@@ -131,13 +131,7 @@ def train(config: Config) -> tuple[Config, Outcome]:
         notes += [f"changed {text}" for text in checkpoints.check_resumable(found, config, index.fingerprint)]
     first = 0 if found is None else found.step
 
-    model = PiTransformer(
-        config.model,
-        config.training.context,
-        config.training.seed,
-        config.training.activation_checkpointing,
-        compiles(config, device.type),
-    )
+    model = PiTransformer.of_run(config, device.type)
     num_parameters = model.num_parameters()
     engine = Engine(model, config, mesh)
     if found is not None:
