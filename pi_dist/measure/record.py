@@ -95,7 +95,8 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
         "packing": config.data.packing,
         "text_tokens": ShardIndex.open(config.data.train).num_tokens,
         "chunk_tokens": t.chunk_tokens,
-        "kept_rows": t.kept_rows if t.chunk_tokens else None,
+        "kept_rows": outcome.kept and ("host" if outcome.kept.host else "device"),
+        "kept_mib": outcome.kept and round(outcome.kept.size.rows / 2**20, 1),
         "host_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
     }
     return {

@@ -20,13 +20,12 @@ from pi_dist.data.shards import ShardIndex, open_splits
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.dropout import derive_seed
-from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training import checkpoint as checkpoints
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, make_loader
-from pi_dist.training.kept_memory import memory_of_ranks, plan_kept_rows
+from pi_dist.training.kept_memory import KeptPlan, memory_of_ranks, plan_kept_rows
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
 from pi_dist.training.streaming import ON_DEVICE, streamed_losses
@@ -48,6 +47,7 @@ class Outcome:
         heldout_loss: nats a token, None without held-out data.
         checkpoint: the last one.
         stopped_by: name of the signal that ended it early, None if it is complete.
+        kept: what is kept for later chunks and where, None if sequences are not in chunks.
     """
 
     step: int
@@ -57,6 +57,7 @@ class Outcome:
     heldout_loss: float | None
     checkpoint: Path
     stopped_by: str | None
+    kept: KeptPlan | None = None
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -150,9 +151,8 @@ def train(config: Config) -> tuple[Config, Outcome]:
     stacks, say = Path(config.run_dir) / "stacks", None if metrics is None else metrics.say
     try:
         with Watchdog(stacks, config.parallel.timeout_s, say) as watch:
-            placement = ON_DEVICE if kept is None else kept.placement()
             run = _Run(
-                config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, placement
+                config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, kept
             )
             return config, run.loop(first, found)
     finally:
@@ -240,7 +240,10 @@ class _Run:
     watch: Watchdog
     index: ShardIndex
     num_parameters: int
-    placement: Placement
+    kept: KeptPlan | None
+
+    def __post_init__(self) -> None:
+        self.placement = ON_DEVICE if self.kept is None else self.kept.placement()
 
     def loop(self, first: int, found: checkpoints.Checkpoint | None) -> Outcome:
         t = self.config.training
@@ -278,7 +281,9 @@ class _Run:
             batches.close()
             stop.restore()
         stopped_by = stopped_by if step < t.steps else None
-        return Outcome(step, tuple(losses), tuple(seconds), self.num_parameters, heldout, saved, stopped_by)
+        return Outcome(
+            step, tuple(losses), tuple(seconds), self.num_parameters, heldout, saved, stopped_by, self.kept
+        )
 
     def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
         """One optimizer step. Raises TrainingError if its loss or gradient is not finite."""
