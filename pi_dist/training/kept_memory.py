@@ -22,6 +22,8 @@ DEVICE_SHARE = 0.6
 """Of the device's memory, what kept rows and gradients take before another place is tried; the rest is for
 the model and a chunk."""
 
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -150,4 +152,5 @@ def free_host_memory() -> int | None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    unit, name = next((unit, name) for unit, name in _UNITS if count >= unit or name == "KiB")
+    return f"{count / unit:.1f} {name}"
