@@ -58,6 +58,14 @@ def test_every_overlap_and_chunks_equal_one_process(pair, overlap, chunk_tokens)
     test_training_parity.check(pair.run(test_training_parity.on_a_rank, *arguments))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_compiled_blocks_equal_one_process(pair, stage):
+    """In bf16 parameters of a layer start at other multiples of 16 bytes, or none, than those of another."""
+    options = {"precision": "bf16", "compile": True}
+    found = pair.run(test_training_parity.on_a_rank, 2, [stage], options, False, "cuda")
+    test_training_parity.check(found, tolerance=0.06)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_gradients_stay_within_the_error_of_bf16(pair, stage):
     """With dropout too."""

@@ -39,6 +39,18 @@ def test_only_matrices_decay():
     assert all(torch.allclose(p, 0.7 * before[id(p)]) for p in matrices["params"])
 
 
+def test_parameters_lie_at_multiples_of_16_bytes_where_zero_lays_them_end_to_end():
+    """But for the second layer's gate bias of six numbers, at the end."""
+    model = PiTransformer(ModelConfig(num_layers=2, hidden_size=48, num_heads=6, vocab_size=64), 32)
+    for group in make_optimizer(model, CONFIG).param_groups:
+        start, misaligned = 0, []
+        for parameter in group["params"]:
+            if 2 * start % 16:
+                misaligned.append(parameter.numel())
+            start += parameter.numel()
+        assert misaligned == ([] if group["weight_decay"] else [6])
+
+
 @pytest.mark.parametrize(("clip_norm", "clipped"), [(0.0, 1.0), (100.0, 1.0), (2.0, 0.4)])
 def test_clipping_on_the_device_is_that_of_pytorch(clip_norm, clipped):
     """Gradient (3, 4), of norm 5: the first moment after one step is a tenth of what is left of it."""

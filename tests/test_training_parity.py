@@ -95,7 +95,8 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, ove
         saving = (training.activation_checkpointing, training.activation_offload, training.mlp_tile_tokens)
         model = PiTransformer(model_config, CONTEXT, 1, *saving)
         if training.compile:
-            pieces = (torch.compile(piece, backend="aot_eager") for piece in model.pieces)
+            backend = "inductor" if device == "cuda" else "aot_eager"
+            pieces = (torch.compile(piece, backend=backend) for piece in model.pieces)
             model.pieces = Pieces(*pieces)
         engine = Engine(model, config, mesh)
         data = HeldOut(mesh, training, config.balanced)

@@ -9,6 +9,11 @@ from torch import nn
 
 from pi_dist.config import TrainingConfig
 
+# ZeRO lays the parameters of a group end to end, in bf16. Compiled blocks read them 16 bytes at a time, and
+# layers share the graph that was made for the first: where one parameter starts at 16 bytes, all have to.
+# (Those of odd sizes, the gate's biases, are too short to be read so.)
+ALIGNMENT = 8
+
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """The rate of optimizer step `step` (0 is the first)."""
@@ -21,8 +26,11 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW in two groups, matrices with weight decay and vectors without."""
-    parameters = list(model.parameters())
+    """Fused AdamW in two groups, matrices with weight decay and vectors without.
+
+    Of each group those come last whose size is no multiple of ALIGNMENT elements.
+    """
+    parameters = sorted(model.parameters(), key=lambda p: p.numel() % ALIGNMENT != 0)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
