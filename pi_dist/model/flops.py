@@ -25,14 +25,16 @@ def recomputed_flops_per_token(config: ModelConfig, context: int) -> float:
     return (training_flops_per_token(config, context) - head) / 3
 
 
-def training_flops_per_token(config: ModelConfig, context: int) -> float:
-    """`6·N_matmul + 12·H·head_dim·Σ_l pairs_l`: forward 2 FLOP a multiply-add, backward twice that.
-
-    N_matmul counts every matrix that a token is multiplied with: blocks, the gate, the (tied) head once.
-    """
+def matmul_parameters(config: ModelConfig) -> int:
+    """Elements of every matrix that a token is multiplied with: blocks, the gate, the (tied) head once."""
     d, kv = config.hidden_size, config.kv_heads * config.head_dim
     block = d * (d + 2 * kv) + d * d + 8 * d * d
     gate = d * (d // 2) + (d // 2) * config.num_heads if config.gate == "dynamic" else 0
     gates = sum(config.gated(layer) for layer in range(config.num_layers))
-    matmul = config.num_layers * block + gates * gate + d * config.vocab_size
-    return 6.0 * matmul + 12.0 * d * config.num_layers * mean_pairs(config, context)
+    return config.num_layers * block + gates * gate + d * config.vocab_size
+
+
+def training_flops_per_token(config: ModelConfig, context: int) -> float:
+    """`6·N_matmul + 12·H·head_dim·Σ_l pairs_l`: forward 2 FLOP a multiply-add, backward twice that."""
+    pairs = config.num_layers * mean_pairs(config, context)
+    return 6.0 * matmul_parameters(config) + 12.0 * config.hidden_size * pairs

@@ -105,7 +105,7 @@ class PiPattern:
 
     def reach(self) -> int:
         """How far left one layer reaches, in tokens: the most of window and any head's num_skips·stride."""
-        return max(0, *self.offsets()) if self.offsets() else 0
+        return max(self.window, self.num_skips * max(self.distinct_strides()))
 
 
 def default_num_strides(stride: int, context: int) -> int:
