@@ -1,0 +1,103 @@
+"""One rank measured alone, in every ZeRO stage and method: its memory is that of real ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig
+from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, LiveBytes, Request, measured_apart, typical_rank
+from pi_dist.measure.step_model import MIB, num_parameters, state_bytes
+
+CONTEXT = 512
+
+
+def job(method, sp_degree, zero_stage, *, precision="bf16", chunk_tokens=None, dp_degree=1, **model):
+    """A configuration of the tiny preset on the CPU, with one sequence a replica."""
+    tiny = dataclasses.replace(PRESETS["tiny"], method=method, **model)
+    training = TrainingConfig(
+        context=CONTEXT,
+        batch_size=dp_degree,
+        precision=precision,
+        activation_checkpointing=True,
+        chunk_tokens=chunk_tokens,
+    )
+    parallel = ParallelConfig(sp_degree=sp_degree, zero_stage=zero_stage, device="cpu")
+    return Config(model=tiny, parallel=parallel, training=training)
+
+
+def measured(config, world_size, **options):
+    (row,) = measured_apart([Request(config, world_size, typical_rank(config, world_size), **options)], 100.0)
+    assert row["status"] == "ok", row
+    return row
+
+
+@pytest.mark.parametrize(
+    ("method", "sp_degree", "zero_stage", "chunk_tokens"),
+    [
+        ("pi", 8, 0, None),
+        ("pi", 4, 1, None),
+        ("ring", 4, 2, None),
+        ("window", 8, 3, None),
+        ("ulysses", 2, 3, None),
+        ("pi", 2, 2, 256),
+    ],
+)
+def test_a_rank_of_any_job_takes_a_step_and_holds_its_part_of_the_states(
+    method, sp_degree, zero_stage, chunk_tokens
+):
+    config = job(method, sp_degree, zero_stage, chunk_tokens=chunk_tokens)
+    row = measured(config, sp_degree)
+    assert row["num_parameters"] == num_parameters(config)
+    assert row["rank"] == sp_degree // 2 and row["fake"] and row["ms"] is None
+    if zero_stage < 3:  # there the tiny model's parameters are all too small to be split
+        rest, _ = state_bytes(config, sp_degree)
+        assert row["resting_mib"] * MIB == pytest.approx(rest, rel=0.03)
+    assert row["peak_mib"] > row["resting_mib"]
+
+
+def test_data_parallel_ranks_are_pretended_too():
+    row = measured(job("pi", 2, 1, dp_degree=2), 4, timed_steps=1)
+    assert row["rank"] == 3 and row["ms"] > 0 and row["forward_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "zero_stage"), [("pi", 1), pytest.param("ring", 3, marks=pytest.mark.slow)]
+)
+def test_the_memory_of_a_fake_rank_is_that_of_real_ones(method, zero_stage):
+    config = job(method, 2, zero_stage)
+    (real,) = measured_apart([Request(config, 2, None)], 100.0)
+    assert real["status"] == "ok" and not real["fake"], real
+    fake = measured(config, 2)
+    assert fake["peak_mib"] == pytest.approx(real["peak_mib"], rel=0.03)
+    assert fake["resting_mib"] == pytest.approx(real["resting_mib"], rel=0.03)
+
+
+def test_requests_that_share_a_process_do_not_add_up():
+    config = job("window", 2, 1)
+    once, again = measured_apart([Request(config, 2, 1), Request(config, 2, 1)], 100.0)
+    assert again["peak_mib"] == pytest.approx(once["peak_mib"], rel=0.01)
+
+
+def test_what_ends_the_process_is_told_in_words():
+    config = job("window", 2, 1)
+    (row,) = measured_apart([Request(config, 2, 7)], 100.0)
+    assert row["status"].startswith("ended with exit status 1: ")
+    (row,) = measured_apart([Request(config, 2, 1)], 0.01)
+    assert row["status"] == "no answer within 0 s"
+    (row,) = measured_apart([Request(dataclasses.replace(config, parallel=ParallelConfig(3)), 2, 1)], 100.0)
+    assert "sp_degree (3) == 0 does not hold" in row["status"]
+    assert OUT_OF_MEMORY not in row["status"]
+
+
+def test_live_bytes_counts_storages_once_until_they_die():
+    with LiveBytes() as live:
+        x = torch.zeros(1000)
+        y = x[10:]
+        assert live.now == 4000
+        z = torch.cat([x, y])
+        assert live.now == 4000 + 4 * 1990
+        del x, z
+        assert live.now == 4000
+        del y
+    assert (live.now, live.peak) == (0, 4000 + 4 * 1990)
