@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -13,6 +12,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from pi_dist.commands import calibrate, plan, savings
+from pi_dist.commands.shared import config_of, print_or_write, sizes
 from pi_dist.config import Config, ConfigError, ModelConfig, UserError, check, check_model, resolve
 
 BAD_INPUT = 2
@@ -54,20 +55,13 @@ def _train_parser() -> ArgumentParser:
     return parser
 
 
-def _config(arguments: Namespace) -> Config:
-    values = arguments.as_dict()
-    for flag in ("config", "record", "check", "status", "ranks"):
-        del values[flag]
-    return Config.from_dict(values)
-
-
 def read_config(flags: list[str]) -> Config:
     """The configuration that `pi-dist train` makes of these flags.
 
     Raises:
         argparse.ArgumentError: an unknown key or a value of another type.
     """
-    return _config(_train_parser().parse_args(flags))
+    return config_of(_train_parser().parse_args(flags))
 
 
 def run_directory(flags: list[str]) -> str:
@@ -79,10 +73,10 @@ def _train(arguments: Namespace) -> int:
     if arguments.record is not None and not os.path.isdir(os.path.dirname(arguments.record) or "."):
         raise ConfigError(f"record: {os.path.dirname(arguments.record)} is not a directory")
     if arguments.check is not None:
-        _check(_config(arguments), arguments.check)
+        _check(config_of(arguments), arguments.check)
         return 0
     if arguments.status:
-        return _status(_config(arguments))
+        return _status(config_of(arguments))
     import torch.distributed as dist
 
     from pi_dist.parallel.process_group import check_world_size
@@ -91,7 +85,7 @@ def _train(arguments: Namespace) -> int:
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 
-    config, outcome = train(_config(arguments))
+    config, outcome = train(config_of(arguments))
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
         if arguments.record is not None and outcome.losses:
@@ -232,7 +226,7 @@ def _eval(arguments: Namespace) -> int:
             f"at context {result['context']}, reach {result['reach']}; "
             f"the text's own unigram entropy is {result['unigram_entropy']:.4f}"
         )
-        _print_or_write(result, arguments.json, words)
+        print_or_write(result, arguments.json, words)
     return 0
 
 
@@ -323,7 +317,7 @@ def _reach(arguments: Namespace) -> int:
     )
     check_model(model)
     found = report(model, arguments.context)
-    _print_or_write(to_json(found), arguments.json, describe(found))
+    print_or_write(to_json(found), arguments.json, describe(found))
     return 0
 
 
@@ -355,7 +349,7 @@ def _doctor(arguments: Namespace) -> int:
         if os.environ["RANK"] != "0":  # it speaks only of what rank 0 does not hear of
             print("".join(f"{finding.detail}\n" for finding in found), end="", file=sys.stderr)
             return 1 if found else 0
-    _print_or_write(to_json(diagnosis), arguments.json, describe(diagnosis))
+    print_or_write(to_json(diagnosis), arguments.json, describe(diagnosis))
     return 0 if diagnosis.ok else 1
 
 
@@ -423,13 +417,6 @@ def _bench_parser() -> ArgumentParser:
     return parser
 
 
-def _sizes(name: str, text: str) -> list[int]:
-    """Numbers with commas between them."""
-    if not all(part.strip().isdigit() for part in text.split(",")):
-        raise ConfigError(f"{name}: numbers with commas between them, not {text!r}")
-    return [int(part) for part in text.split(",")]
-
-
 def _bench(arguments: Namespace) -> int:
     if arguments.what == "blocks":
         from pi_dist.measure.kernel_tuning import tune
@@ -449,7 +436,7 @@ def _bench(arguments: Namespace) -> int:
         complete = bench_sp(
             arguments.json,
             (arguments.presets or "small,medium").split(","),
-            _sizes("contexts", arguments.contexts or "32768,65536,131072,262144,1048576"),
+            sizes("contexts", arguments.contexts or "32768,65536,131072,262144,1048576"),
             arguments.methods.split(","),
             minutes=arguments.minutes,
             device=arguments.device,
@@ -466,8 +453,8 @@ def _bench(arguments: Namespace) -> int:
         complete = bench_step(
             arguments.json,
             (arguments.presets or "small,medium,large").split(","),
-            _sizes("contexts", arguments.contexts or "8192,32768,131072,1048576"),
-            _sizes("streamed", arguments.streamed),
+            sizes("contexts", arguments.contexts or "8192,32768,131072,1048576"),
+            sizes("streamed", arguments.streamed),
             minutes=arguments.minutes,
             device=arguments.device,
         )
@@ -552,18 +539,6 @@ def _submit(arguments: Namespace) -> int:
     return 0
 
 
-def _print_or_write(result: dict, path: str | None, words: str) -> None:
-    """Words to a person, or JSON to a file or (path "-") standard output."""
-    if path is None:
-        print(words)
-    elif path == "-":
-        print(json.dumps(result, indent=1))
-    else:
-        with open(path, "w") as file:
-            json.dump(result, file, indent=1)
-        print(f"written to {path}")
-
-
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], int], str]] = {
     "prepare": (_prepare_parser, _prepare, "text, JSONL or directories to shards of tokens"),
     "train": (_train_parser, _train, "train or resume a run"),
@@ -572,6 +547,9 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], in
     "submit": (_submit_parser, _submit, "check a run and submit it to SLURM"),
     "reach": (_reach_parser, _reach, "how far back a configuration can see"),
     "bench": (_bench_parser, _bench, "time kernels beside their floor, or training steps of every method"),
+    "savings": (savings.parser, savings.run, "the fewest GPUs of every method for a context"),
+    "plan": (plan.parser, plan.run, "memory and time of a run before it is queued"),
+    "calibrate": (calibrate.parser, calibrate.run, "fit the cost model to this machine's GPU"),
     "doctor": (_doctor_parser, _doctor, "what this machine has, and what is missing"),
 }
 

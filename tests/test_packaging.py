@@ -30,6 +30,7 @@ ROOMS = (
     "inference",
     "measure",
     "launching",
+    "commands",
     "cli",
 )
 DEEPSPEED_FILE = "pi_dist/training/deepspeed_engine.py"
@@ -121,7 +122,9 @@ def test_wheel_holds_pi_dist_only_and_all_of_it(tmp_path: Path):
     (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
     assert {name.split("/")[0] for name in names} == {"pi_dist", info}
     assert {name for name in names if name.endswith(".py")} == _package_sources(files)
-    records = {path for path in files if re.fullmatch(r"pi_dist/measure/records/[^/]*\.json", path)}
+    records = {
+        path for path in files if re.fullmatch(r"pi_dist/measure/(records|profiles)/[^/]*\.json", path)
+    }
     assert records | {"pi_dist/slurm/train.sbatch"} <= set(names)
     assert "pi_dist.cli:main" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in names

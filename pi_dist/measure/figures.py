@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 _RANK_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
 _INK, _QUIET, _PALE = "#222222", "#666666", "#EBEBEB"
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "pi-dist",
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -43,7 +43,7 @@ _HEADING = {"fontsize": 10.5, "fontweight": "bold"}
 _RANKS, _SHARD, _GAP = 4, 8, 2.2
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
     """Write the figure, without the date in an SVG file."""
     metadata = {"Date": None} if os.fspath(path).endswith(".svg") else None
     figure.savefig(path, facecolor="white", metadata=metadata)
@@ -99,7 +99,7 @@ def draw_pattern(path: str | os.PathLike) -> None:
     fixed, doubling = (
         report(dataclasses.replace(model, schedule=schedule), context) for schedule in ("fixed", "doubling")
     )
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.4))
         figure.text(0.067, 0.935, "One layer: who attends to whom", **_HEADING)
         matrix = figure.add_axes((0.067, 0.115, 0.384, 0.785))
@@ -142,7 +142,7 @@ def draw_pattern(path: str | os.PathLike) -> None:
         lower.set_xlabel("distance back from the last token (log scale)")
         figure.text(0.537, 0.6875, "share seen", rotation=90, va="center", ha="left")
         figure.text(0.537, 0.2275, "share seen", rotation=90, va="center", ha="left")
-        _save(figure, path)
+        save(figure, path)
 
 
 def _shard_x(token: int) -> float:
@@ -239,7 +239,7 @@ def draw_exchange(path: str | os.PathLike) -> None:
     ]
     pitch = 9.2
     left, right, height = -4.8, _shard_x(_RANKS * _SHARD - 1) + 1.2, len(panels) * pitch + 3.2
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 9 * height / (right - left)))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(left, right), ylim=(height, 0), aspect="equal")
@@ -258,7 +258,7 @@ def draw_exchange(path: str | os.PathLike) -> None:
             va="top",
             linespacing=1.6,
         )
-        _save(figure, path)
+        save(figure, path)
 
 
 def draw_kernels(record: str | os.PathLike, path: str | os.PathLike) -> None:
@@ -271,7 +271,7 @@ def draw_kernels(record: str | os.PathLike, path: str | os.PathLike) -> None:
     content = json.loads(Path(record).read_text())
     rows = [row for row in content["rows"] if row["tokens"] == 131072 and row["strides"] == "one"]
     dims = sorted({row["head_dim"] for row in rows})
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             len(dims), 2, figsize=(9, 2.6 * len(dims) + 0.6), sharex=True, squeeze=False, layout="constrained"
         )
@@ -286,7 +286,7 @@ def draw_kernels(record: str | os.PathLike, path: str | os.PathLike) -> None:
         figure.suptitle(
             f"{content['device']}, bf16, 131,072 tokens: time over the floor (1 = no kernel is faster)"
         )
-        _save(figure, path)
+        save(figure, path)
         plt.close(figure)
 
 
@@ -365,7 +365,7 @@ def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
         raise UserError(f"{trace}: exchanges on a GPU ({len(exchanges)}) >= 1 does not hold; nothing to draw")
     middle, width = exchanges[len(exchanges) // 2][0], max(500.0, 6 * max(b - a for a, b in exchanges))  # µs
     begin, end = middle - width / 2, middle + width / 2
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 1.9), layout="constrained")
         for lane, kind in enumerate(lanes):
             bars = [
@@ -385,7 +385,7 @@ def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
             f"{row['exposed_share']:.1%} of the step is exchange that nothing covers",
             **_HEADING,
         )
-        _save(figure, path)
+        save(figure, path)
         plt.close(figure)
 
 

@@ -1,0 +1,119 @@
+"""`pi-dist savings`: the fewest GPUs of every method for a context, as JSON, a report and a figure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from pi_dist.commands.shared import add_network, network_of, sizes
+from pi_dist.config import ConfigError
+
+
+def parser() -> ArgumentParser:
+    p = ArgumentParser(
+        description="The fewest GPUs that train a context, for every method: within memory, or within a "
+        "time of a step too. What this machine's GPU can measure is measured, if it is the one asked for; "
+        "the rest is predicted, and each figure says which. A record is resumed; --from joins several.",
+        exit_on_error=False,
+    )
+    p.add_argument("--preset", type=str, default="small", help="small, medium, large, with commas")
+    p.add_argument("--context", type=str, default="131072", help="tokens of a sequence, with commas")
+    p.add_argument("--methods", type=str, default="pi,window,dense,ring,ulysses", help="with commas")
+    p.add_argument(
+        "--budget", type=str, default="memory", help="memory, step_ms=NUMBER or tokens_per_s=NUMBER"
+    )
+    p.add_argument(
+        "--gpu", type=str, default="H100", help="H100, H200, A100, a file of `pi-dist calibrate`, or this"
+    )
+    p.add_argument("--predict", action="store_true", help="measure nothing")
+    p.add_argument("--patience", type=float, default=20.0, help="predict steps of more seconds")
+    p.add_argument("--zero-stage", type=Literal[0, 1, 2, 3], default=1, help="of every method")
+    p.add_argument("--chunk-tokens", type=int, default=32768, help="of a GPU, where π streams")
+    p.add_argument("--window", type=int, default=4, help="k of π and of the window")
+    p.add_argument("--stride", type=int, default=16, help="π: base stride in tokens")
+    p.add_argument("--num-skips", type=int, default=1, help="M: skips of a token")
+    p.add_argument(
+        "--schedule", type=Literal["fixed", "doubling", "per_head"], default="fixed", help="strides"
+    )
+    p.add_argument("--max-gpus", type=int, default=1024, help="no more than so many")
+    p.add_argument("--json", type=str | None, default=None, help="the record to make, or to go on with")
+    p.add_argument("--report", type=str | None, default=None, help="write the report there, as Markdown")
+    p.add_argument("--plot", type=str | None, default=None, help="draw GPUs against context (.png, .svg)")
+    p.add_argument(
+        "--from",
+        type=str,
+        default=None,
+        nargs="+",
+        help="only join these records",
+    )
+    add_network(p)
+    return p
+
+
+def run(arguments: Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    import torch
+
+    from pi_dist.measure.profile import load_profile
+    from pi_dist.measure.record import device_name, resume, write
+    from pi_dist.measure.savings import Lab, Terms, merged, sweep
+    from pi_dist.measure.savings_report import draw, markdown
+
+    a = arguments
+    here = device_name()
+    name = a.gpu
+    if name == "this":
+        name = next((known for known in ("H200", "H100", "A100") if known in here), None)
+        if name is None:
+            raise ConfigError(f"gpu: no profile of {here}; make one with `pi-dist calibrate --json FILE`")
+    profile = load_profile(name)
+    if a["from"]:
+        record = merged(a["from"])
+        if a.json is not None:
+            write(record, a.json)
+    else:
+        terms = Terms(
+            zero_stage=a.zero_stage,
+            chunk_tokens=a.chunk_tokens,
+            window=a.window,
+            stride=a.stride,
+            num_skips=a.num_skips,
+            schedule=a.schedule,
+            max_gpus=a.max_gpus,
+        )
+        for key in ("chunk_tokens", "max_gpus"):
+            if a[key] < 1:
+                raise ConfigError(f"{key}: {key} ({a[key]}) >= 1 does not hold")
+        measures = not a.predict and here.startswith(profile.device)
+        lab = Lab(
+            profile=profile,
+            network=network_of(a),
+            measures=measures,
+            real_ranks=torch.cuda.device_count() if measures else 1,
+            patience_s=a.patience,
+        )
+        settings = {"network": vars(lab.network), "measures": measures, "data": "random tokens"}
+        record = resume(a.json, settings) if a.json else {"settings": settings, "rows": []}
+        sweep(
+            a.json,
+            a.preset.split(","),
+            sizes("context", a.context),
+            a.methods.split(","),
+            a.budget,
+            terms,
+            lab,
+            record,
+        )
+    text = markdown(record, profile)
+    if a.report is not None:
+        Path(a.report).write_text(text, encoding="utf-8")
+    if a.plot is not None:
+        draw(record, a.plot)
+    if a.json == "-":
+        print(json.dumps(record, indent=1))
+    else:
+        print(text, end="")
+    return 0

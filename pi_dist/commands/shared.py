@@ -1,0 +1,75 @@
+"""What several commands do with their arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from jsonargparse import ArgumentParser, Namespace
+
+from pi_dist.config import Config, ConfigError
+
+
+def config_of(arguments: Namespace) -> Config:
+    """The configuration among a command's arguments."""
+    values = arguments.as_dict()
+    return Config.from_dict({field.name: values[field.name] for field in dataclasses.fields(Config)})
+
+
+def sizes(name: str, text: str) -> list[int]:
+    """Numbers with commas between them."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ConfigError(f"{name}: numbers with commas between them, not {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def print_or_write(result: dict, path: str | None, words: str) -> None:
+    """Words to a person, or JSON to a file or (path "-") standard output."""
+    if path is None:
+        print(words)
+    elif path == "-":
+        print(json.dumps(result, indent=1))
+    else:
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+        print(f"written to {path}")
+
+
+def add_network(parser: ArgumentParser) -> None:
+    """The flags that `network_of` reads."""
+    parser.add_argument(
+        "--network", type=str, default="infiniband", help="between nodes: infiniband (NDR) or ethernet (100G)"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that NVLink joins")
+    parser.add_argument(
+        "--fabric-gbytes-per-s",
+        type=float | None,
+        default=None,
+        help="between nodes, for each GPU, one way; default: the network's",
+    )
+    parser.add_argument(
+        "--fabric-latency-us", type=float | None, default=None, help="of a message between nodes"
+    )
+
+
+def network_of(arguments: Namespace):
+    """The network that the flags describe.
+
+    Raises:
+        ConfigError: an unknown network, or a size out of its range.
+    """
+    from pi_dist.measure.profile import NETWORKS
+
+    if arguments.network not in NETWORKS:
+        raise ConfigError(f"network: {arguments.network!r} in {', '.join(NETWORKS)} does not hold")
+    changes: dict[str, float] = {"gpus_per_node": arguments.gpus_per_node}
+    for flag, name, unit in (
+        ("fabric_gbytes_per_s", "fabric_bytes_per_s", 1e9),
+        ("fabric_latency_us", "fabric_latency_s", 1e-6),
+    ):
+        if arguments[flag] is not None:
+            changes[name] = arguments[flag] * unit
+    for name, value in changes.items():
+        if value <= 0:
+            raise ConfigError(f"{name}: {name} ({value}) > 0 does not hold")
+    return dataclasses.replace(NETWORKS[arguments.network], **changes)

@@ -1,0 +1,213 @@
+"""`pi-dist calibrate`: the constants of `step_model`, fitted to steps that this machine's GPU makes.
+
+Steps of one rank are measured by `fake_ranks` at a few sizes and methods. Time is linear in its constants,
+and so is memory; both fits minimize the squares of relative errors over constants >= 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pi_dist.config import Config, Method, UserError
+from pi_dist.measure.fake_ranks import Request, measured_apart, typical_rank
+from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
+from pi_dist.measure.record import device_name, kept_records, resume, write
+from pi_dist.measure.savings import Terms, config_of
+from pi_dist.measure.step_model import MIB, compute_seconds, memory, work
+
+# method, streamed, tokens, ranks, in order of ranks: each constant stands out in some of them
+_POINTS: tuple[tuple[Method, bool, int, int], ...] = (
+    ("pi", False, 32768, 1),
+    ("dense", False, 32768, 1),
+    ("pi", False, 131072, 1),
+    ("dense", False, 8192, 1),
+    ("window", False, 65536, 1),
+    ("pi", True, 262144, 1),
+    ("ring", False, 131072, 4),
+    ("pi", False, 131072, 4),
+)
+
+
+def points(presets: Sequence[str]) -> Iterator[tuple[str, Method, bool, int, int]]:
+    """(preset, method, streamed, tokens, ranks) of the steps, those that share a process together."""
+    for preset, (method, streamed, context, ranks) in itertools.product(presets, _POINTS):
+        yield preset, method, streamed, context, ranks
+
+
+def least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """x >= 0 [c] with the least |columns·x - target|², columns [r, c]; few columns: every subset is tried."""
+    best, least = np.zeros(columns.shape[1]), float(np.sum(target**2))
+    for size in range(1, columns.shape[1] + 1):
+        for chosen in itertools.combinations(range(columns.shape[1]), size):
+            part, *_ = np.linalg.lstsq(columns[:, chosen], target, rcond=None)
+            left = float(np.sum((columns[:, chosen] @ part - target) ** 2))
+            if np.all(part >= 0) and left < least * (1 - 1e-9):
+                best, least = np.zeros(columns.shape[1]), left
+                best[list(chosen)] = part
+    return best
+
+
+def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
+    """The profile with the constants of time that fit (config, ranks, seconds without communication) best."""
+    base = replace(profile, matmul_share=1.0, block_moves=1.0, layer_us=1.0)
+    rows, target = [], []
+    for config, ranks, seconds in jobs:
+        w = work(config, ranks, base)
+        exact = compute_seconds(
+            replace(w, matmul_flops=0, moved_bytes=0, layers=0, fixed_seconds=0), base
+        )  # in the ratio of forward and backward that the profile has
+        parts = (
+            w.matmul_flops / base.matmul_flops_per_s,
+            w.moved_bytes / base.copy_bytes_per_s,
+            w.layers * 1e-6,
+            exact,
+        )
+        rows.append([part / seconds for part in parts])
+        target.append(1 - w.fixed_seconds / seconds)
+    inverse_share, moves, layer_us, exact = least_squares(np.array(rows), np.array(target))
+    return replace(
+        profile,
+        matmul_share=float(1 / inverse_share) if inverse_share > 0 else profile.matmul_share,
+        block_moves=float(moves),
+        layer_us=float(layer_us),
+        exact_forward_flops_per_s=profile.exact_forward_flops_per_s / (float(exact) or 1.0),
+        exact_backward_flops_per_s=profile.exact_backward_flops_per_s / (float(exact) or 1.0),
+    )
+
+
+def fit_memory(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
+    """The profile with the block_copies and fixed_mib that fit (config, ranks, peak MiB) best.
+
+    Steps whose peak is in the loss say nothing of blocks, and are left out.
+    """
+    rows, target = [], []
+    for config, ranks, peak in jobs:
+        base = memory(config, ranks, replace(profile, block_copies=0.0, fixed_mib=0.0))
+        if base.working < memory(config, ranks, replace(profile, fixed_mib=0.0)).working:
+            t = config.training
+            tokens = min(t.context, t.chunk_tokens or t.context) // config.parallel.sp_degree
+            rows.append([tokens * config.model.hidden_size * 2 / MIB / peak, 1 / peak])
+            target.append(1 - (base.states + base.kept) / peak)
+    copies, fixed = least_squares(np.array(rows), np.array(target))
+    return replace(profile, block_copies=float(copies), fixed_mib=float(fixed))
+
+
+def jobs_of(record: dict[str, Any], value: str) -> list[tuple[Config, int, float]]:
+    """(config, ranks, row[value]) of every step in a record of `calibrate` that has it."""
+    jobs = []
+    for row in record["rows"]:
+        if row["status"] == "ok" and row[value] is not None:
+            what = (row["preset"], row["method"], row["streamed"], row["context"], row["world_size"])
+            jobs.append((config_of(*what, Terms()), row["world_size"], row[value]))
+    return jobs
+
+
+def fitted(profile: Profile, record: dict[str, Any], source: str) -> Profile:
+    """The profile with constants from a record, its ceilings included.
+
+    Raises:
+        UserError: fewer steps than constants.
+    """
+    times = [(config, ranks, ms / 1e3) for config, ranks, ms in jobs_of(record, "ms")]
+    if len(times) < 4:
+        raise UserError(f"calibrate: measured steps ({len(times)}) >= 4 does not hold")
+    settings = record["settings"]
+    rates = {name: settings[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s", "memory_mib")}
+    found = fit_memory(fit_time(replace(profile, **rates), times), jobs_of(record, "peak_mib"))
+    names = (*rates, "matmul_share", "block_moves", "layer_us", "exact_forward_flops_per_s",
+             "exact_backward_flops_per_s", "block_copies", "fixed_mib")  # fmt: skip
+    return replace(found, sources=profile.sources | dict.fromkeys(names, source))
+
+
+def describe_fit(profile: Profile, record: dict[str, Any]) -> str:
+    """Every measured step beside the prediction of the fitted profile."""
+    lines = ["step                                            measured     predicted   error"]
+    for unit, key in (("ms", "ms"), ("MiB", "peak_mib")):
+        for config, ranks, value in jobs_of(record, key):
+            if unit == "ms":
+                predicted = 1e3 * compute_seconds(work(config, ranks, profile), profile)
+            else:
+                predicted = memory(config, ranks, profile).total
+            t, m = config.training, config.model
+            what = f"{m.num_layers:>2} layers {m.method:<8}{' chunks' if t.chunk_tokens else ''}"
+            what += f" {t.context:>8,} on {ranks}"
+            lines.append(
+                f"{what:<42} {value:>10,.1f} {unit:<3} {predicted:>10,.1f}  {predicted / value - 1:+.1%}"
+            )
+    return "\n".join(lines)
+
+
+def _base(device: str) -> Profile:
+    """A profile to start from: the shipped one of this GPU, else the H100's under the device's name."""
+    for name in profile_names():
+        profile = load_profile(name)
+        if device.startswith(profile.device):
+            return profile
+    return replace(load_profile("H100"), name=device, device=device)
+
+
+def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minutes: float) -> str:
+    """Measure what the record at `record_path` lacks, write the fitted profile; returns the fit in words.
+
+    Raises:
+        UserError: there is no GPU, or too little could be measured.
+    """
+    if not torch.cuda.is_available():
+        raise UserError(
+            "calibrate: GPUs of this machine (0) >= 1 does not hold; savings --predict needs none"
+        )
+    from pi_dist.measure.kernel_bench import ceilings
+
+    until = time.monotonic() + 60 * minutes
+    copy, matmul = ceilings()
+    torch.cuda.empty_cache()
+    settings = {
+        "copy_bytes_per_s": float(round(copy)),
+        "matmul_flops_per_s": float(round(matmul)),
+        "memory_mib": round(torch.cuda.get_device_properties(0).total_memory / MIB, 1),
+        "data": "random tokens",
+    }
+    record = resume(record_path, settings)
+    known = {tuple(row[key] for key in _KEYS) for row in record["rows"]}
+    left = [point for point in points(presets) if point not in known]
+    for _, group in itertools.groupby(left, key=lambda point: (point[0], point[-1])):  # one process for each
+        asked = list(group)
+        seconds = until - time.monotonic()
+        if seconds <= 0:
+            break
+        found = measured_apart([_request(point) for point in asked], seconds)
+        for point, row in zip(asked, found, strict=True):
+            what = dict(zip(_KEYS, point, strict=True))
+            record["rows"].append(what | {"ms": None, "peak_mib": None} | row)
+            print(_line(record["rows"][-1]), flush=True)
+        write(record, record_path)
+    base = _base(device_name())
+    for kernels in kept_records().values():
+        if "floor_ms" in kernels["rows"][0] and kernels["device"].startswith(base.device):
+            base = replace(base, attention=attention_costs(kernels))
+    profile = fitted(base, record, f"fitted to {record_path.rsplit('/', 1)[-1]}")
+    write_profile(profile, profile_path)
+    return f"{describe_fit(profile, record)}\nwritten to {profile_path}"
+
+
+def _request(point: tuple[str, Method, bool, int, int]) -> Request:
+    config, ranks = config_of(*point, Terms()), point[-1]
+    return Request(config, ranks, typical_rank(config, ranks), timed_steps=3)
+
+
+_KEYS = ("preset", "method", "streamed", "context", "world_size")
+
+
+def _line(row: dict[str, Any]) -> str:
+    what = f"{row['preset']:<7} {row['method']:<8} {'chunks' if row['streamed'] else '':<7}"
+    what += f"{row['context']:>9,} on {row['world_size']}"
+    if row["status"] != "ok":
+        return f"{what}  {row['status']}"
+    return f"{what}  {row['ms']:10.1f} ms {row['peak_mib']:10,.0f} MiB"

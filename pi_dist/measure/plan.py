@@ -1,0 +1,145 @@
+"""`pi-dist plan`: what a run would need on so many GPUs, before it is queued, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from pi_dist.config import Config, ConfigError, check
+from pi_dist.measure.profile import Network, Profile
+from pi_dist.measure.reach import report
+from pi_dist.measure.step_model import Memory, Time, memory, step_time
+
+
+@dataclass(frozen=True)
+class Change:
+    """One other setting, with which a run that does not fit would."""
+
+    what: str
+    mib: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for a run."""
+
+    gpus: int
+    gpu: str
+    usable_mib: float
+    memory: Memory
+    time: Time
+    tokens: int
+    """Of one optimizer step."""
+    reach: int
+    context: int
+    covered_share: float
+    changes: tuple[Change, ...]
+    """What would make it fit, if it does not."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.usable_mib
+
+
+def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> Plan:
+    """Predict the run on so many GPUs.
+
+    Raises:
+        ConfigError: it cannot be split so.
+    """
+    check(config, gpus)
+    reach = report(config.model, config.training.context)
+    need = memory(config, gpus, profile)
+    changes = ()
+    if need.total > profile.usable_mib:
+        found = (
+            Change(what, memory(other, gpus, profile).total, step_time(other, gpus, profile, network).total)
+            for what, other in _alternatives(config, gpus)
+        )
+        changes = tuple(change for change in found if change.mib <= profile.usable_mib)
+    return Plan(
+        gpus=gpus,
+        gpu=profile.name,
+        usable_mib=profile.usable_mib,
+        memory=need,
+        time=step_time(config, gpus, profile, network),
+        tokens=config.training.context * config.training.batch_size,
+        reach=min(reach.reach, config.training.context - 1),
+        context=config.training.context,
+        covered_share=reach.covered_share,
+        changes=changes,
+    )
+
+
+def _alternatives(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
+    """Settings that save memory and that the run could have, the least slowing first; then pairs of them."""
+    t, p = config.training, config.parallel
+    single = []
+    for degree in (d for d in range(p.sp_degree + 1, gpus + 1) if gpus % d == 0):
+        single.append((f"parallel.sp_degree={degree}", {"parallel": {"sp_degree": degree}}))
+    for stage in (s for s in (1, 2, 3) if s > p.zero_stage):
+        single.append((f"parallel.zero_stage={stage}", {"parallel": {"zero_stage": stage}}))
+    if t.micro_batch_size > 1:
+        single.append(("training.micro_batch_size=1", {"training": {"micro_batch_size": 1}}))
+    if not t.activation_checkpointing and t.chunk_tokens is None:
+        single.append(
+            ("training.activation_checkpointing=true", {"training": {"activation_checkpointing": True}})
+        )
+    chunk = 8192 * p.sp_degree
+    if t.chunk_tokens is None and chunk < t.context:
+        single.append((f"training.chunk_tokens={chunk}", {"training": {"chunk_tokens": chunk}}))
+    pairs = [
+        (f"{a} --{b}", _joined(x, y))
+        for i, (a, x) in enumerate(single)
+        for b, y in single[i + 1 :]
+        if a.split("=")[0] != b.split("=")[0]
+    ]
+    for what, changed in single + pairs:
+        other = replace(
+            config,
+            parallel=replace(p, **changed.get("parallel", {})),
+            training=replace(t, **changed.get("training", {})),
+        )
+        try:
+            check(other, gpus)
+        except ConfigError:
+            continue
+        yield f"--{what}", other
+
+
+def _joined(a: dict[str, dict], b: dict[str, dict]) -> dict[str, dict]:
+    return {key: a.get(key, {}) | b.get(key, {}) for key in a | b}
+
+
+def to_json(plan: Plan) -> dict:
+    """The plan as data, its verdict with it."""
+    return asdict(plan) | {"fits": plan.fits, "measured": False}
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words."""
+    m, seconds = plan.memory, plan.time.total
+    lines = [
+        f"predicted for {plan.gpus} × {plan.gpu}; nothing was run",
+        f"memory of a GPU   {m.total:,.0f} MiB of {plan.usable_mib:,.0f}: parameters, optimizer and "
+        f"gradients {m.states:,.0f}, kept {m.kept:,.0f}, working set {m.working:,.0f}",
+        f"step              {1e3 * seconds:,.0f} ms for {plan.tokens:,} tokens, "
+        f"{plan.tokens / seconds:,.0f} tokens/s; of it waiting for others "
+        f"{1e3 * plan.time.communication:,.0f} ms",
+        f"reach             {plan.reach:,} tokens to the left at a context of {plan.context:,}, "
+        f"{plan.covered_share:.1%} of it",
+    ]
+    if plan.reach < plan.context - 1:
+        lines.append(
+            f"warning           context ({plan.context:,}) > reach ({plan.reach:,}): tokens farther back "
+            "cost memory and time and change nothing; see pi-dist reach"
+        )
+    if not plan.fits:
+        lines.append(
+            "does not fit      one of these would:"
+            if plan.changes
+            else "does not fit      more GPUs are needed"
+        )
+        lines += [f"  {c.what}: {c.mib:,.0f} MiB, {1e3 * c.seconds:,.0f} ms" for c in plan.changes[:4]]
+    return "\n".join(lines)

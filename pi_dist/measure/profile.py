@@ -1,0 +1,145 @@
+"""What a kind of GPU and a network do, in numbers with their sources: the constants of the cost model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from pi_dist.config import UserError
+
+_FOLDER = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Time of our kernels, ns per token and head of 64 elements; it grows with head_dim."""
+
+    window: int
+    num_skips: int
+    forward_ns: float
+    backward_ns: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A GPU. Every number has a line in `sources`: the record that it was fitted to, or a data sheet.
+
+    Attributes:
+        device: start of the name that the driver gives to such a GPU.
+        memory_mib: of the card. overhead_mib: of it, what tensors cannot use: context, NCCL, fragments.
+        copy_bytes_per_s, matmul_flops_per_s: ceilings, read + write, dense bf16.
+        matmul_share: of the ceiling that the model's matrices reach.
+        block_moves: how often a block reads or writes d elements of a token beside matrices and attention,
+            forward, recomputation and backward together.
+        layer_us: of a block's launches that nothing hides, forward, recomputation and backward together.
+        exact_forward_flops_per_s, exact_backward_flops_per_s: of the exact methods' flash attention.
+        block_copies: tensors of [tokens, d] in the model's dtype that live while a block is recomputed and
+            differentiated, its input not counted.
+        fixed_mib: what a step holds whatever its tokens, beyond what the memory model counts.
+        attention: by window and skips.
+    """
+
+    name: str
+    device: str
+    memory_mib: float
+    overhead_mib: float
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+    matmul_share: float
+    block_moves: float
+    layer_us: float
+    exact_forward_flops_per_s: float
+    exact_backward_flops_per_s: float
+    block_copies: float
+    fixed_mib: float
+    attention: tuple[AttentionCost, ...]
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def usable_mib(self) -> float:
+        """Memory that tensors may take."""
+        return self.memory_mib - self.overhead_mib
+
+    def attention_cost(self, window: int, num_skips: int) -> AttentionCost:
+        """The cheapest entry that has at least this window and these skips; the dearest if none has."""
+        wide_enough = [a for a in self.attention if a.window >= window and a.num_skips >= num_skips]
+        cost = lambda a: a.forward_ns + a.backward_ns  # noqa: E731
+        return min(wide_enough, key=cost) if wide_enough else max(self.attention, key=cost)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins the GPUs of a job. Rates are of one GPU, one way, in bytes/s; latencies of a message, s."""
+
+    gpus_per_node: int = 8
+    node_bytes_per_s: float = 296e9
+    node_latency_s: float = 40e-6
+    fabric_bytes_per_s: float = 40e9
+    fabric_latency_s: float = 60e-6
+
+    def of(self, num_ranks: int) -> tuple[float, float]:
+        """(bytes/s, latency) of neighbours among so many ranks: the slowest link sets the pace."""
+        if num_ranks <= self.gpus_per_node:
+            return self.node_bytes_per_s, self.node_latency_s
+        return self.fabric_bytes_per_s, self.fabric_latency_s
+
+
+NETWORKS = {
+    # within a node: K+V of 65,536 tokens of d = 768 took 680 µs on two H200 (NVLink), of 4 to 256 tokens
+    # 27 to 67 µs; between nodes: data sheets, at 80 % of the line, one adapter a GPU (InfiniBand NDR) or one
+    # of 100 Gbit/s for the eight of a node
+    "infiniband": Network(),
+    "ethernet": Network(fabric_bytes_per_s=1.25e9, fabric_latency_s=150e-6),
+}
+
+
+def attention_costs(kernel_record: dict) -> tuple[AttentionCost, ...]:
+    """The costs in a record of `pi-dist bench kernel`, head_dim 64, one stride, 131,072 tokens."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for row in kernel_record["rows"]:
+        if (row["method"], row["head_dim"], row["strides"], row["tokens"]) == (
+            "pi, triton",
+            64,
+            "one",
+            131072,
+        ):
+            per_token = 1e6 * row["ms"] / (row["batch"] * row["tokens"] * row["heads"])
+            found.setdefault((row["window"], row["num_skips"]), {})[row["direction"]] = round(per_token, 5)
+    return tuple(
+        AttentionCost(*key, ways["forward"], ways["backward"]) for key, ways in sorted(found.items())
+    )
+
+
+def profile_names() -> list[str]:
+    """GPUs that ship with the package."""
+    return sorted(path.stem.upper() for path in _FOLDER.glob("*.json"))
+
+
+def load_profile(name: str) -> Profile:
+    """A profile that ships (H100, …), or one that `pi-dist calibrate` wrote to a file of this name.
+
+    Raises:
+        UserError: there is neither, or the file is no profile.
+    """
+    path = _FOLDER / f"{name.lower()}.json"
+    if not path.exists():
+        path = Path(name)
+    if not path.is_file():
+        raise UserError(f"gpu: {name!r} in {profile_names()}, or the file of a profile, does not hold")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        costs = tuple(AttentionCost(**cost) for cost in values.pop("attention"))
+        return Profile(**values, attention=costs)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a profile of `pi-dist calibrate`: {error}") from error
+
+
+def write_profile(profile: Profile, path: str) -> None:
+    """Write it as JSON, one constant a line."""
+    Path(path).write_text(json.dumps(asdict(profile), indent=1) + "\n", encoding="utf-8")
+
+
+def constants(profile: Profile) -> dict[str, float]:
+    """The numbers of a profile by name."""
+    return {f.name: getattr(profile, f.name) for f in fields(profile) if f.type == "float"}

@@ -1,0 +1,392 @@
+"""`pi-dist savings`: the fewest GPUs with which each method trains a context, in memory and in time.
+
+Every method has the same model, ZeRO stage, recomputation and tiling of the loss. One sequence is trained at
+a time, split over all GPUs. What this machine's GPU can measure is measured: memory of one rank of P, by
+`fake_ranks`, and its time; the rest is predicted by `step_model`, and each figure says which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pi_dist.config import (
+    EXACT_METHODS,
+    PRESETS,
+    Config,
+    ConfigError,
+    Method,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+    UserError,
+    check,
+)
+from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, measured_apart, typical_rank
+from pi_dist.measure.profile import Network, Profile
+from pi_dist.measure.reach import report
+from pi_dist.measure.sp_bench import METHODS, VOCABULARY
+from pi_dist.measure.step_model import communication_seconds, memory, step_time
+
+MEASURED, PREDICTED = "measured", "predicted"
+COMPOSED = "composed"  # time: of one rank, measured, and communication, predicted
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all methods share: fields of the configuration, but chunk_tokens are those of one rank."""
+
+    zero_stage: int = 1
+    chunk_tokens: int = 32768
+    window: int = 4
+    stride: int = 16
+    num_skips: int = 1
+    schedule: str = "fixed"
+    max_gpus: int = 1024
+    device: str = "auto"
+    precision: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Time that a step of one sequence may take; None: any."""
+
+    step_ms: float | None = None
+
+    def allows(self, seconds: float) -> bool:
+        return self.step_ms is None or 1e3 * seconds <= self.step_ms
+
+
+def parse_budget(text: str, context: int) -> Budget:
+    """memory, step_ms=NUMBER or tokens_per_s=NUMBER.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    name, _, number = text.partition("=")
+    try:
+        value = float(number) if number else None
+    except ValueError:
+        value = -1.0
+    if name == "memory" and not number:
+        return Budget()
+    if value is None or value <= 0 or name not in ("step_ms", "tokens_per_s"):
+        raise ConfigError(f"budget: {text!r} in memory, step_ms=NUMBER, tokens_per_s=NUMBER does not hold")
+    return Budget(value if name == "step_ms" else 1e3 * context / value)
+
+
+def variants(methods: Sequence[Method]) -> Iterator[tuple[Method, bool]]:
+    """(method, streamed): π also in chunks, as a row of its own.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    if not set(methods) <= set(METHODS):
+        raise ConfigError(f"methods: {', '.join(methods)} in {', '.join(METHODS)} does not hold")
+    for method in methods:
+        yield method, False
+        if method == "pi":
+            yield method, True
+
+
+def model_of(preset: str, method: Method, terms: Terms) -> ModelConfig:
+    """A preset with the terms' pattern.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: {preset!r} in {', '.join(PRESETS)} does not hold")
+    pattern = {"window": terms.window, "stride": terms.stride, "schedule": terms.schedule}
+    vocab_size = PRESETS[preset].vocab_size or VOCABULARY
+    skips = {"num_skips": 0 if method == "window" else terms.num_skips}
+    return replace(PRESETS[preset], method=method, vocab_size=vocab_size, **pattern, **skips)
+
+
+def config_of(
+    preset: str, method: Method, streamed: bool, context: int, num_gpus: int, terms: Terms
+) -> Config:
+    """One sequence over all GPUs.
+
+    Raises:
+        ConfigError: the method cannot be split so; the message says why.
+    """
+    chunk = min(context, terms.chunk_tokens * num_gpus)
+    if streamed and chunk == context:
+        raise ConfigError(
+            f"chunk_tokens: {terms.chunk_tokens} tokens a GPU × {num_gpus} < context ({context}) "
+            "does not hold: nothing to stream"
+        )
+    config = Config(
+        model=model_of(preset, method, terms),
+        parallel=ParallelConfig(sp_degree=num_gpus, zero_stage=terms.zero_stage, device=terms.device),
+        training=TrainingConfig(
+            context=context,
+            batch_size=1,
+            micro_batch_size=1,
+            precision=terms.precision,
+            activation_checkpointing=True,
+            chunk_tokens=chunk if streamed else None,
+        ),
+    )
+    check(config, num_gpus)
+    return config
+
+
+def divisors(number: int, limit: int) -> list[int]:
+    """Divisors of a number up to a limit, ascending."""
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+
+
+def first_true(count: int, holds: Callable[[int], bool], guess: int) -> int | None:
+    """The least i < count for which `holds(i)`, which stays true once it is; None: there is none.
+
+    Asks around the guess first, at doubling distance, then bisects: twice if the guess is right.
+    """
+    if count == 0:
+        return None
+    low, high, step = -1, count, 1  # holds(low) is false, holds(high) true, if they are in the range
+    at = min(max(guess, 0), count - 1)
+    while high - low > 1:
+        if holds(at):
+            high = at
+            at = max(low + 1, at - step) if low == -1 else (low + high) // 2
+        else:
+            low = at
+            at = min(high - 1, at + step) if high == count else (low + high) // 2
+        step *= 2
+    return high if high < count else None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method on so many GPUs: what a rank needs, and the step's time, each with its source."""
+
+    num_gpus: int
+    peak_mib: float | None
+    seconds: float | None
+    fits: bool
+    memory_source: str
+    time_source: str
+    predicted_mib: float
+    predicted_seconds: float
+
+
+@dataclass(frozen=True)
+class Lab:
+    """How a point is found: a GPU and a network in numbers, and whether this machine's GPU is asked.
+
+    Attributes:
+        measures: measure what can be within `patience_s` seconds a step.
+        real_ranks: GPUs of this machine, on which whole jobs run.
+    """
+
+    profile: Profile
+    network: Network
+    measures: bool = False
+    real_ranks: int = 1
+    patience_s: float = 60.0
+    timed_steps: int = 3
+
+    def predict(self, config: Config, num_gpus: int) -> Point:
+        mib = memory(config, num_gpus, self.profile).total
+        seconds = step_time(config, num_gpus, self.profile, self.network).total
+        fits = mib <= self.profile.usable_mib
+        return Point(num_gpus, mib, seconds, fits, PREDICTED, PREDICTED, mib, seconds)
+
+    def point(self, config: Config, num_gpus: int) -> Point:
+        """Measured as far as this machine can, in less than `patience_s` a step; else predicted."""
+        guess = self.predict(config, num_gpus)
+        compute = guess.seconds - self._communication(config, num_gpus)
+        if not self.measures or compute > self.patience_s:
+            return guess
+        real = 1 < num_gpus <= self.real_ranks
+        rank = None if real else typical_rank(config, num_gpus)
+        request = Request(config, num_gpus, rank, self.profile.usable_mib, self.timed_steps)
+        (row,) = measured_apart([request], 120.0 + 10 * (3 + self.timed_steps) * max(1.0, compute))
+        if row["status"] == OUT_OF_MEMORY:
+            return replace(guess, peak_mib=None, seconds=None, fits=False, memory_source=MEASURED)
+        if row["status"] != "ok":
+            source = f"{PREDICTED}; measuring failed: {row['status']}"
+            return replace(guess, memory_source=source, time_source=source)
+        alone = real or num_gpus == 1
+        seconds = row["ms"] / 1e3 + (0.0 if alone else self._communication(config, num_gpus))
+        source = MEASURED if alone else COMPOSED
+        return replace(guess, peak_mib=row["peak_mib"], seconds=seconds, fits=True,
+                       memory_source=MEASURED, time_source=source)  # fmt: skip
+
+    def _communication(self, config: Config, num_gpus: int) -> float:
+        return communication_seconds(config, num_gpus, self.profile, self.network)
+
+
+def fewest(
+    preset: str, method: Method, streamed: bool, context: int, budget: Budget, terms: Terms, lab: Lab
+) -> dict[str, Any]:
+    """A row: the fewest GPUs of one method for one context, or in words why there is no such number.
+
+    Only numbers of GPUs are tried up to the one with the least predicted time: beyond it, more do not help.
+    """
+    row = _identity(preset, method, streamed, context, budget, terms, lab) | _reach(
+        preset, method, context, terms
+    )
+    jobs, refused = _jobs(preset, method, streamed, context, terms)
+    if not jobs:
+        return row | {"gpus": None, "note": next(iter(refused.values()))}
+    guesses = [lab.predict(config, num_gpus) for num_gpus, config in jobs]
+    good = [i for i, point in enumerate(guesses) if point.fits and budget.allows(point.seconds)]
+    fastest = min(range(len(jobs)), key=lambda i: (not guesses[i].fits, guesses[i].seconds))
+    points: dict[int, Point] = {}
+
+    def enough(index: int) -> bool:
+        if index not in points:
+            num_gpus, config = jobs[index]
+            points[index] = lab.point(config, num_gpus)
+        return points[index].fits and budget.allows(points[index].seconds)
+
+    found = first_true(max([fastest, *good[:1]]) + 1, enough, min([fastest, *good[:1]]))
+    row["checks"] = [_plain(asdict(points[i])) for i in sorted(points)]
+    if found is not None:
+        point = points[found]
+        return row | _plain(asdict(point)) | {"gpus": point.num_gpus, "note": ""}
+    last = points[max(points)]
+    return row | {"gpus": None, "note": _too_little(last, budget, refused)}
+
+
+def _jobs(
+    preset: str, method: Method, streamed: bool, context: int, terms: Terms
+) -> tuple[list[tuple[int, Config]], dict[int, str]]:
+    """(jobs on the divisors of the context, by number of GPUs; why the others are none)."""
+    jobs: list[tuple[int, Config]] = []
+    refused: dict[int, str] = {}
+    for num_gpus in divisors(context, terms.max_gpus):
+        try:
+            jobs.append((num_gpus, config_of(preset, method, streamed, context, num_gpus, terms)))
+        except ConfigError as reason:
+            refused[num_gpus] = str(reason)
+    return jobs, refused
+
+
+def _too_little(last: Point, budget: Budget, refused: dict[int, str]) -> str:
+    """Why even the most GPUs that help are not enough."""
+    gpus = f"{last.num_gpus} GPU{'s' if last.num_gpus > 1 else ''}"
+    if not last.fits:
+        need = "more than there is" if last.peak_mib is None else f"{last.peak_mib:,.0f} MiB"
+        text = f"not on {gpus}: {need} on each ({last.memory_source})"
+    else:
+        text = (
+            f"not on {gpus}: {1e3 * last.seconds:,.0f} ms a step > {budget.step_ms:,.0f} ({last.time_source})"
+        )
+    more = next((reason for num_gpus, reason in refused.items() if num_gpus > last.num_gpus), None)
+    return text + (f"; with more: {more}" if more else "; more do not help" if last.fits else "")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Seconds as ms, numbers with as many digits as they deserve."""
+    out = dict(values)
+    for name in ("seconds", "predicted_seconds"):
+        seconds = out.pop(name)
+        out[name.replace("seconds", "ms")] = None if seconds is None else round(1e3 * seconds, 2)
+    for name in ("peak_mib", "predicted_mib"):
+        out[name] = None if out[name] is None else round(out[name], 1)
+    return out
+
+
+def _identity(
+    preset: str, method: Method, streamed: bool, context: int, budget: Budget, terms: Terms, lab: Lab
+) -> dict[str, Any]:
+    return {
+        "preset": preset,
+        "context": context,
+        "method": method,
+        "streamed": streamed,
+        "budget_ms": None if budget.step_ms is None else round(budget.step_ms, 3),
+        "gpu": lab.profile.name,
+        **{key: value for key, value in asdict(terms).items() if key not in ("device", "precision")},
+    }
+
+
+@lru_cache(maxsize=256)
+def _reach_of(model: ModelConfig, context: int) -> tuple[int, float]:
+    found = report(model, context)
+    return min(found.reach, context - 1), found.covered_share
+
+
+def _reach(preset: str, method: Method, context: int, terms: Terms) -> dict[str, Any]:
+    """How far back the last token sees, and what share of the context."""
+    if method in EXACT_METHODS:
+        reach, share = context - 1, 1.0
+    else:
+        reach, share = _reach_of(model_of(preset, method, terms), context)
+    return {"reach": reach, "covered_share": share}
+
+
+def errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every measured point beside its prediction: share by which the prediction is too high."""
+    found = []
+    for row in rows:
+        for check_ in row.get("checks", ()):
+            for key, source in (("mib", "memory_source"), ("ms", "time_source")):
+                value = check_["peak_mib" if key == "mib" else "ms"]
+                if value is not None and check_[source] in (MEASURED, COMPOSED):
+                    predicted = check_[f"predicted_{key}"]
+                    what = {name: row[name] for name in ("preset", "context", "method", "streamed")}
+                    what |= {
+                        "gpus": check_["num_gpus"],
+                        "unit": key,
+                        "measured": value,
+                        "predicted": predicted,
+                    }
+                    found.append(what | {"source": check_[source], "error": round(predicted / value - 1, 4)})
+    return found
+
+
+def sweep(
+    path: str,
+    presets: Sequence[str],
+    contexts: Sequence[int],
+    methods: Sequence[Method],
+    budget: str,
+    terms: Terms,
+    lab: Lab,
+    record: dict[str, Any],
+) -> None:
+    """Add the rows that `record` lacks, writing it to `path` after each, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    from pi_dist.measure.record import write
+
+    wanted = []
+    for preset in presets:
+        for context in contexts:
+            if context < 2:
+                raise ConfigError(f"context: context ({context}) >= 2 does not hold")
+            limit = parse_budget(budget, context)
+            for method, streamed in variants(methods):
+                model_of(preset, method, terms)
+                wanted.append((preset, method, streamed, context, limit))
+    rows = record["rows"]
+    for what in tqdm(wanted, desc="cells", disable=None):
+        own = _identity(*what, terms, lab)
+        if not any(all(row[key] == value for key, value in own.items()) for row in rows):
+            rows.append(fewest(*what, terms, lab))
+            write(record, path)
+
+
+def merged(paths: Sequence[str]) -> dict[str, Any]:
+    """One record of the rows of several, as the tasks of a SLURM array leave them.
+
+    Raises:
+        UserError: a file is no record of savings.
+    """
+    records = []
+    for path in paths:
+        try:
+            records.append(json.loads(Path(path).read_text("utf-8")))
+            [row["gpus"] for row in records[-1]["rows"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a record of `pi-dist savings`") from error
+    return records[0] | {"rows": [row for record in records for row in record["rows"]]}

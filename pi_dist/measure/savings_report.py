@@ -1,0 +1,162 @@
+"""A record of `pi-dist savings` for people: a table in Markdown, and curves of GPUs against context."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pi_dist.measure.profile import Profile
+from pi_dist.measure.savings import COMPOSED, MEASURED, errors
+
+_EXPLANATION = {
+    MEASURED: "run on this GPU",
+    COMPOSED: "one rank's step run on this GPU among fake ranks, plus predicted communication",
+    "predicted": "by the cost model and the profile's constants",
+}
+
+
+def label(row: dict[str, Any]) -> str:
+    """The method, and whether it streams."""
+    return {"pi": "π"}.get(row["method"], row["method"]) + (", streamed" if row["streamed"] else "")
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["gpus"] is None:
+        return row["note"]
+    letter = {MEASURED: "m", COMPOSED: "c"}
+    memory, time = (letter.get(row[f"{what}_source"], "p") for what in ("memory", "time"))
+    return f"**{row['gpus']}** ({row['peak_mib'] / 1024:,.1f} GiB {memory}, {row['ms']:,.0f} ms {time})"
+
+
+def _by(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def saving(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """How many GPUs fewer `row` needs than `other`, as a share, at the same context and budget."""
+    if row["gpus"] is None or other["gpus"] is None:
+        return "—"
+    if row["gpus"] > other["gpus"]:
+        return f"{row['gpus'] / other['gpus']:g} times as many"
+    return f"{1 - row['gpus'] / other['gpus']:.0%}"
+
+
+def _budget(row: dict[str, Any]) -> str:
+    return "within memory" if row["budget_ms"] is None else f"within {row['budget_ms']:,.0f} ms a step"
+
+
+def markdown(record: dict[str, Any], profile: Profile) -> str:
+    """The report: terms, one table for each preset and context, savings, errors of predictions, sources."""
+    rows = record["rows"]
+    first = rows[0]
+    lines = [
+        "# GPUs that a context needs",
+        "",
+        f"On {first['gpu']} ({profile.usable_mib / 1024:,.1f} of {profile.memory_mib / 1024:,.1f} GiB for "
+        "tensors). Every method: the same model, bf16, one sequence a step over all GPUs, "
+        f"ZeRO {first['zero_stage']}, blocks recomputed, logits in tiles, no offload. "
+        f"Pattern: k = {first['window']}, π = {first['stride']}, M = {first['num_skips']}, "
+        f"{first['schedule']} strides; streamed: chunks of {first['chunk_tokens']:,} tokens a GPU. "
+        f"GPUs: divisors of the context up to {first['max_gpus']:,}.",
+        "",
+        "A cell is the fewest GPUs, with memory and step time of each. Letters say how a figure was found: "
+        f"m {_EXPLANATION[MEASURED]}; c {_EXPLANATION[COMPOSED]}; p {_EXPLANATION['predicted']}. "
+        "Reach is how far back the last token sees: a method that sees less is not the same goods.",
+    ]
+    for (preset, context, _), group in _by(rows, "preset", "context", "budget_ms").items():
+        columns = [label(other) for other in group]
+        lines += [
+            "",
+            f"## {preset}, {context:,} tokens, {_budget(group[0])}",
+            "",
+            _line(["method", "GPUs", "reach", "seen", *(f"fewer than {name}" for name in columns)]),
+            _line(["---"] * (4 + len(columns))),
+        ]
+        for row in group:
+            seen = f"{row['covered_share']:.1%}"
+            shares = ["" if other is row else saving(row, other) for other in group]
+            lines.append(_line([label(row), _cell(row), f"{row['reach']:,}", seen, *shares]))
+    lines += ["", "## Predictions beside measurements", "", *_error_lines(rows), "", "## Constants", ""]
+    lines += [f"- {name}: {source}" for name, source in profile.sources.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _error_lines(rows: list[dict[str, Any]]) -> list[str]:
+    found = errors(rows)
+    if not found:
+        return ["Nothing was measured here: every figure is predicted."]
+    names = ["preset", "context", "method", "GPUs", "unit", "measured", "how", "predicted", "error"]
+    lines = [_line(names), _line(["---"] * len(names))]
+    for e in found:
+        lines.append(
+            _line(
+                [
+                    e["preset"],
+                    f"{e['context']:,}",
+                    label(e),
+                    str(e["gpus"]),
+                    {"mib": "MiB", "ms": "ms"}[e["unit"]],
+                    f"{e['measured']:,.1f}",
+                    e["source"],
+                    f"{e['predicted']:,.1f}",
+                    f"{e['error']:+.1%}",
+                ]
+            )
+        )
+    worst = max(abs(e["error"]) for e in found)
+    return [*lines, "", f"Largest error: {worst:.1%} of {len(found)} figures."]
+
+
+def draw(record: dict[str, Any], path: str | os.PathLike) -> None:
+    """GPUs against context, a panel for each preset, a curve for each method; where none fits, none is drawn.
+
+    Filled points have measured memory.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from pi_dist.measure.figures import STYLE, save
+
+    panels = list(_by(record["rows"], "preset").items())
+    colours = plt.get_cmap("tab10").colors
+    names = list(dict.fromkeys(label(row) for row in record["rows"]))
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1,
+            len(panels),
+            figsize=(4.2 * len(panels) + 1, 3.6),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
+        for axes, ((preset,), group) in zip(grid[0], panels, strict=True):
+            named = [row | {"label": label(row), "timed": row["budget_ms"] is not None} for row in group]
+            for (name, timed), points in _by(named, "label", "timed").items():
+                drawn = [row for row in sorted(points, key=lambda row: row["context"]) if row["gpus"]]
+                index = names.index(name)
+                colour, shift = colours[index], 1.04**index  # equal curves lie side by side
+                style = "--" if timed else "-"
+                at = [(row["context"], row["gpus"] * shift) for row in drawn]
+                axes.plot(*zip(*at, strict=True) if at else ([], []), style, color=colour, label=name)
+                for row, (x, y) in zip(drawn, at, strict=True):
+                    inside = colour if row["memory_source"] == MEASURED else "white"
+                    axes.plot(x, y, "o", color=colour, markerfacecolor=inside, markersize=5)
+            axes.set(xlabel="context, tokens", title=preset)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        grid[0][0].set_ylabel(f"fewest {record['rows'][0]['gpu']} GPUs")
+        handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+        grid[0][-1].legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+        figure.suptitle("filled: memory measured; open: predicted; dashed: within the time that was asked")
+        save(figure, path)
+        plt.close(figure)

@@ -1,0 +1,256 @@
+"""Memory and time of an optimizer step in closed form: eq. (7) of the paper, for every method and ZeRO stage.
+
+Terms that follow from the code are counted here; what only a GPU tells is a constant of its `Profile`.
+Memory is what one rank allocates; time is that of the whole step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pi_dist.config import EXACT_METHODS, Config, accumulation_steps, num_chunks
+from pi_dist.measure.cost_model import BYTES, exchanged_bytes
+from pi_dist.measure.profile import Network, Profile
+from pi_dist.model.flops import matmul_parameters
+from pi_dist.ops.pattern import layer_patterns
+
+MIB = 2**20
+_BUCKET = 500_000_000  # elements of DeepSpeed's default reduce bucket
+_LIVE_PARAMETERS = 1_000_000_000  # that ZeRO 3 gathers at most ahead of their use, DeepSpeed's default
+_TILE = 2**25  # logits that the loss holds at a time
+_TILE_BYTES = 10  # of each: log-probabilities, their gradient, and that in bf16
+_LOGIT_BYTES = 38  # read and written for each, beside the matrix products
+_GRADIENT_COPIES = (
+    6  # of a block's copies, those that only its backward pass makes: of the wide MLP and inputs
+)
+_STATE_BYTES = 28  # read and written by AdamW for each parameter of a partition
+
+
+@dataclass(frozen=True)
+class Memory:
+    """MiB of one rank: what parts allocate at the step's peak."""
+
+    states: float
+    """Parameters, masters, moments and gradients."""
+    kept: float
+    """Inputs of blocks, rows kept of other chunks, tokens."""
+    working: float
+    """The block that is recomputed, or the loss, whichever is larger."""
+
+    @property
+    def total(self) -> float:
+        return self.states + self.kept + self.working
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one optimizer step, by part."""
+
+    compute: float
+    communication: float
+    """What nothing hides."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.communication
+
+
+def num_parameters(config: Config) -> int:
+    """Parameters of the model, tied ones once."""
+    m, d = config.model, config.model.hidden_size
+    matrices = matmul_parameters(m)
+    vectors = (4 * m.num_layers + 2) * d
+    gated = sum(m.gated(layer) for layer in range(m.num_layers))
+    if m.gate == "dynamic":
+        vectors += gated * (d // 2 + m.num_heads)
+    elif m.gate == "static":
+        vectors += gated * m.num_heads
+    return matrices + vectors
+
+
+def state_bytes(config: Config, world_size: int) -> tuple[float, float]:
+    """(at rest, during the backward pass) bytes of parameters, optimizer states and gradients of a rank.
+
+    As DeepSpeed 0.19 holds them: in bf16 ZeRO 1 keeps a whole fp32 gradient, ZeRO 2 whole gradients in bf16
+    and its part in fp32, ZeRO 3 its parts; the latter two have a bucket of 5e8 elements.
+    """
+    n, stage = num_parameters(config), config.parallel.zero_stage
+    element = BYTES[config.training.precision] if stage > 0 else 4
+    own = n / world_size
+    states = 12 * own if element == 2 else (8 * own if stage == 0 else 12 * own)
+    if stage == 0:
+        return 4 * n + 8 * n, 16 * n
+    if stage == 1:
+        rest = element * n + states + 4 * n
+        return rest, rest
+    if stage == 2:
+        rest = 2 * element * n + states
+        return rest, rest + 4 * own + element * _BUCKET
+    rest = (element + 4) * own + states + 4 * _BUCKET
+    return rest, rest + element * min(n, _LIVE_PARAMETERS)
+
+
+def memory(config: Config, world_size: int, profile: Profile) -> Memory:
+    """What a rank allocates at most in one step; every term in MiB."""
+    m, t, p = config.model, config.training, config.parallel
+    chunks = num_chunks(t)
+    tokens = t.micro_batch_size * (t.context // p.sp_degree)
+    here = -(-tokens // chunks)  # that go through the model at a time
+    row = m.hidden_size * BYTES[t.precision]  # one token's hidden state
+    kept = here * row * (m.num_layers if t.activation_checkpointing else 1)  # inputs of blocks
+    kept += 16 * here  # tokens and labels
+    if chunks > 1:
+        kv = 2 * m.kv_heads * m.head_dim * BYTES[t.precision]
+        reach = (min(pattern.reach(), here) for pattern in layer_patterns(m, t.context))
+        kept += t.micro_batch_size * (chunks - 1) * sum(reach) * kv
+    gradients = _GRADIENT_COPIES * here * row
+    block = profile.block_copies * here * row - gradients  # what the backward pass of a block reads
+    tile = min(_TILE, here * m.vocab_size)
+    loss = 3 * here * row + 4 * m.vocab_size * m.hidden_size + _TILE_BYTES * tile
+    if t.activation_checkpointing:
+        working = max(block + gradients, loss)
+    else:
+        working = m.num_layers * block + max(gradients, loss)
+    return Memory(state_bytes(config, world_size)[1] / MIB, kept / MIB, working / MIB + profile.fixed_mib)
+
+
+def exact_flops(config: Config) -> float:
+    """4·head_dim FLOP for each pair of a query and a key of one exact layer, all heads, one rank, forward."""
+    t = config.training
+    pairs = t.context * (t.context + 1) / 2 / config.parallel.sp_degree
+    return 4.0 * config.model.hidden_size * pairs * t.micro_batch_size
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank computes in one micro-step, in units of the constants that time is linear in."""
+
+    matmul_flops: float
+    moved_bytes: float
+    """Of blocks, for block_moves = 1."""
+    layers: float
+    """Launched blocks."""
+    exact_forward_flops: float
+    exact_backward_flops: float
+    fixed_seconds: float
+    """Of parts without a constant to fit: our attention kernels, the loss, AdamW."""
+
+
+def work(config: Config, world_size: int, profile: Profile) -> Work:
+    """What a rank does in one optimizer step, without communication."""
+    m, t, p = config.model, config.training, config.parallel
+    tokens = t.micro_batch_size * t.context // p.sp_degree
+    forwards = 2 if t.activation_checkpointing or t.chunk_tokens else 1
+    head = m.vocab_size * m.hidden_size
+    flops = tokens * (6.0 * head + 2.0 * (forwards + 2) * (matmul_parameters(m) - head))
+    element = BYTES[t.precision]
+    exact_layers = sum(method in EXACT_METHODS for method in m.methods)
+    seconds = _kernel_seconds(config, profile, forwards) + _merge_seconds(config, profile, forwards)
+    seconds += tokens * m.vocab_size * _LOGIT_BYTES / profile.copy_bytes_per_s
+    steps = accumulation_steps(config, world_size)
+    states = num_parameters(config) * (_STATE_BYTES / (world_size if p.zero_stage else 1) + 8)
+    return Work(
+        matmul_flops=steps * flops,
+        moved_bytes=steps * tokens * m.num_layers * m.hidden_size * element * (forwards + 2) / 4,
+        layers=steps * m.num_layers * num_chunks(t),
+        exact_forward_flops=steps * forwards * exact_layers * exact_flops(config),
+        exact_backward_flops=steps * 2.5 * exact_layers * exact_flops(config),
+        fixed_seconds=steps * seconds + states / profile.copy_bytes_per_s,
+    )
+
+
+def _kernel_seconds(config: Config, profile: Profile, forwards: int) -> float:
+    """Of our attention kernels in one micro-step of one rank."""
+    m, t = config.model, config.training
+    tokens, total = t.micro_batch_size * t.context // config.parallel.sp_degree, 0.0
+    for method, pattern in zip(m.methods, layer_patterns(m, t.context), strict=True):
+        if method not in EXACT_METHODS:
+            cost = profile.attention_cost(pattern.window, pattern.num_skips)
+            total += 1e-9 * tokens * m.num_heads * (forwards * cost.forward_ns + cost.backward_ns)
+    return total * m.head_dim / 64
+
+
+def _merge_seconds(config: Config, profile: Profile, forwards: int) -> float:
+    """Of ring attention's sums over its steps, in fp32: out and lse forward, three gradients backward."""
+    m, t, p = config.model, config.training, config.parallel
+    rings = sum(method == "ring" for method in m.methods)
+    if rings == 0 or p.sp_degree == 1:
+        return 0.0
+    moved = t.micro_batch_size * t.context // p.sp_degree * m.hidden_size * (18 * forwards + 30)
+    return rings * (p.sp_degree - 1) * moved / profile.copy_bytes_per_s
+
+
+def compute_seconds(done: Work, profile: Profile) -> float:
+    """Time of the work of one rank, linear in the constants that `calibrate` fits."""
+    return (
+        done.matmul_flops / (profile.matmul_share * profile.matmul_flops_per_s)
+        + done.moved_bytes * profile.block_moves / profile.copy_bytes_per_s
+        + done.layers * 1e-6 * profile.layer_us
+        + done.exact_forward_flops / profile.exact_forward_flops_per_s
+        + done.exact_backward_flops / profile.exact_backward_flops_per_s
+        + done.fixed_seconds
+    )
+
+
+def communication_seconds(config: Config, world_size: int, profile: Profile, network: Network) -> float:
+    """Seconds of a step in which a rank waits for others: exchanges of layers that nothing hides, and ZeRO.
+
+    A message takes `latency + bytes / rate`. Rows of π and window travel behind the attention to a rank's own
+    rows; blocks of a ring behind the attention to the block before; Ulysses and ZeRO wait.
+    """
+    m, t, p = config.model, config.training, config.parallel
+    rate, latency = network.of(p.sp_degree)
+    forwards = 2 if t.activation_checkpointing or t.chunk_tokens else 1
+    micro_steps = accumulation_steps(config, world_size)
+    total = 0.0
+    if p.sp_degree > 1:
+        by_method: dict[str, float] = {}
+        for layer, method in enumerate(m.methods):  # layers of one pattern send the same
+            key = f"{method} {m.strides and m.strides[layer]} {m.schedule == 'doubling' and layer}"
+            if key not in by_method:
+                sent = exchanged_bytes(config, layer) / t.batch_size * t.micro_batch_size
+                by_method[key] = _layer_wait(config, method, sent, forwards, rate, latency, profile)
+            total += by_method[key]
+    return micro_steps * num_chunks(t) * total + _zero_seconds(config, world_size, network, micro_steps)
+
+
+def _layer_wait(
+    config: Config, method: str, sent: float, forwards: int, rate: float, latency: float, profile: Profile
+) -> float:
+    """Seconds that one layer waits in one micro-step (of one chunk), for `sent` bytes of the whole step."""
+    t, ranks, passes = config.training, config.parallel.sp_degree, forwards + 1
+    chunks = num_chunks(t)
+    if method == "ulysses":
+        return 4 * passes * latency + sent / rate
+    if method == "ring":
+        steps = passes * (ranks - 1) + 1
+        compute = exact_flops(config) * (
+            forwards / profile.exact_forward_flops_per_s + 2.5 / profile.exact_backward_flops_per_s
+        )
+        return max(0.0, steps * latency + sent / rate - compute * (ranks - 1) / ranks)
+    calls = 2 * passes  # window rows by send/recv and skip rows by all_to_all
+    hidden = _kernel_seconds(config, profile, forwards) / chunks / config.model.num_layers
+    return max(0.0, calls * latency + sent / chunks / rate - hidden)
+
+
+def _zero_seconds(config: Config, world_size: int, network: Network, micro_steps: int) -> float:
+    """Gradients summed in fp32, parameters gathered in their own dtype, by rings over all ranks."""
+    if world_size == 1:
+        return 0.0
+    rate, latency = network.of(world_size)
+    stage, n = config.parallel.zero_stage, num_parameters(config)
+    element, share = BYTES[config.training.precision], (world_size - 1) / world_size
+    reductions = micro_steps if stage >= 2 else 1
+    gathers = 2 * micro_steps if stage == 3 else 1
+    factor = 1 if stage == 3 else 2  # an all_reduce, where ZeRO 3 has a reduce_scatter
+    sent = share * n * (4 * factor * reductions + (element * gathers if stage else 0))
+    messages = (reductions + gathers) * max(1, -(-n // _BUCKET)) * (world_size - 1).bit_length()
+    return sent / rate + messages * latency
+
+
+def step_time(config: Config, world_size: int, profile: Profile, network: Network) -> Time:
+    """The predicted time of one optimizer step."""
+    return Time(
+        compute_seconds(work(config, world_size, profile), profile),
+        communication_seconds(config, world_size, profile, network),
+    )
