@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from pi_dist.commands import calibrate, plan, savings
+from pi_dist.commands import calibrate, paper, plan, savings
 from pi_dist.commands.shared import config_of, print_or_write, sizes
 from pi_dist.config import Config, ConfigError, ModelConfig, UserError, check, check_model, resolve
 
@@ -549,6 +549,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], in
     "bench": (_bench_parser, _bench, "time kernels beside their floor, or training steps of every method"),
     "savings": (savings.parser, savings.run, "the fewest GPUs of every method for a context"),
     "plan": (plan.parser, plan.run, "memory and time of a run before it is queued"),
+    "paper": (paper.parser, paper.run, "the paper's table of efficiency and its claims, measured here"),
     "calibrate": (calibrate.parser, calibrate.run, "fit the cost model to this machine's GPU"),
     "doctor": (_doctor_parser, _doctor, "what this machine has, and what is missing"),
 }

@@ -29,6 +29,33 @@ def neighbour_masks(
     return ring, skip & (offset.abs() > pattern.window)
 
 
+def prior_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gate: torch.Tensor | None,
+    pattern: PiPattern,
+    scale: float,
+    *,
+    epsilon: float = GATE_EPSILON,
+    query_start: int = 0,
+    key_start: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits of eq. (5) [B, H, Tq, Tk], not clamped; who is a neighbour [1, H, Tq, Tk]).
+
+    q [B, Tq, H, D], k [B, Tk, H, D], gate [B, Tq, H], kept `epsilon` away from 0 and 1.
+    """
+    q_pos = torch.arange(q.shape[1], device=q.device) + query_start
+    k_pos = torch.arange(k.shape[1], device=q.device) + key_start
+    masks = [neighbour_masks(pattern, stride, q_pos, k_pos) for stride in pattern.head_strides(q.shape[2])]
+    ring = torch.stack([m[0] for m in masks])[None]
+    skip = torch.stack([m[1] for m in masks])[None]
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if gate is not None:
+        alpha = ((1 - 2 * epsilon) * gate + epsilon).transpose(1, 2)[..., None]  # [B, H, Tq, 1]
+        logits = logits + torch.where(ring, alpha.log(), (1 - alpha).log())
+    return logits, ring | skip
+
+
 def pi_attention_oracle(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -57,19 +84,12 @@ def pi_attention_oracle(
     v = v.repeat_interleave(share, dim=2)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     q_pos = torch.arange(q_len, device=q.device) + query_start
-    k_pos = torch.arange(k_len, device=q.device) + key_start
-    masks = [neighbour_masks(pattern, stride, q_pos, k_pos) for stride in pattern.head_strides(num_heads)]
-    ring = torch.stack([m[0] for m in masks])[None]  # [1, H, Tq, Tk]
-    skip = torch.stack([m[1] for m in masks])[None]
-    allowed = (ring | skip).expand(batch, -1, -1, -1)
+    logits, allowed = prior_logits(q, k, gate, pattern, scale, query_start=query_start, key_start=key_start)
+    allowed = allowed.expand(batch, -1, -1, -1)
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     if padding_mask is not None:
         allowed = allowed & (padding_mask[:, None, :, None] & padding_mask[:, None, None, :])
-    logits = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    if gate is not None:
-        alpha = ((1 - 2 * GATE_EPSILON) * gate + GATE_EPSILON).transpose(1, 2)[..., None]  # [B, H, Tq, 1]
-        logits = logits + torch.where(ring, alpha.log(), (1 - alpha).log())
     if logit_cap is not None:
         logits = logits.clamp(-logit_cap, logit_cap)
     weights = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1)

@@ -1,0 +1,91 @@
+"""`pi-dist paper`: the paper's Table V and claims, measured here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from pi_dist.commands.shared import sizes
+from pi_dist.config import ConfigError
+
+
+def parser() -> ArgumentParser:
+    p = ArgumentParser(
+        description="The paper's figures beside ours. table: step, forward, memory, FLOP and MFU of dense, "
+        "window and π (Table V). layer: what skips and gate add to a layer. kl: how far the clipped gate and "
+        "the clamped logits of a trained model are from the ideal softmax.",
+        exit_on_error=False,
+    )
+    p.add_argument("what", type=Literal["table", "layer", "kl"], help="what to measure")
+    p.add_argument("--json", type=str, required=True, help="the record to add to; printed as Markdown too")
+    p.add_argument("--preset", type=str, default="small", help="table, layer: tiny, small, medium or large")
+    p.add_argument("--contexts", type=str, default="4096,8192,16384,32768", help="table, layer: with commas")
+    p.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    p.add_argument("--checkpoint", type=str | None, default=None, help="kl: a run directory or a checkpoint")
+    p.add_argument("--data", type=str | None, default=None, help="kl: directory of prepared shards")
+    p.add_argument("--sequences", type=int, default=4, help="kl: so many of the data")
+    p.add_argument("--context", type=int, default=1024, help="kl: tokens of a sequence")
+    p.add_argument("--minutes", type=float, default=5.0, help="table: stop after so long")
+    return p
+
+
+def run(arguments: Namespace) -> int:
+    from pi_dist.config import PRESETS
+    from pi_dist.measure import paper
+    from pi_dist.measure.record import resume, write
+    from pi_dist.parallel.process_group import choose_device
+
+    a = arguments
+    record = resume(a.json, {"data": "random tokens"})
+    if a.what == "kl":
+        rows = _divergence_rows(a)
+    else:
+        if a.preset not in PRESETS:
+            raise ConfigError(f"preset: {a.preset!r} in {', '.join(PRESETS)} does not hold")
+        contexts = sizes("contexts", a.contexts)
+        device = choose_device(a.device, 0)
+        if a.what == "table":
+            rows = paper.table_rows(contexts, a.preset, device.type, 60 * a.minutes)
+        else:
+            rows = paper.layer_rows(contexts, a.preset, device)
+    record["rows"] = [row for row in record["rows"] if row["what"] != a.what] + rows
+    write(record, a.json)
+    print(paper.markdown(record), end="")
+    return 0
+
+
+def _divergence_rows(a: Namespace) -> list[dict]:
+    """Of a checkpoint on the first sequences of the data."""
+    import itertools
+
+    from pi_dist.config import DataConfig
+    from pi_dist.data.loader import SequenceLoader
+    from pi_dist.data.shards import ShardIndex
+    from pi_dist.measure.paper import divergence_rows
+    from pi_dist.parallel.process_group import choose_device
+    from pi_dist.training.checkpoint import load_model, open_checkpoint
+
+    if a.checkpoint is None or a.data is None:
+        raise ConfigError("paper kl: --checkpoint and --data are needed")
+    if a.sequences < 1 or a.context < 2:
+        raise ConfigError(
+            f"paper kl: sequences ({a.sequences}) >= 1 and context ({a.context}) >= 2 do not hold"
+        )
+    device = choose_device(a.device, 0)
+    checkpoint = open_checkpoint(a.checkpoint)
+    model, _ = load_model(checkpoint, device)
+    loader = SequenceLoader(
+        ShardIndex.open(a.data),
+        DataConfig(train=a.data, packing="split", num_workers=0),
+        context=a.context,
+        micro_batch_size=1,
+        accumulation_steps=1,
+        dp_rank=0,
+        dp_degree=1,
+        sp_rank=0,
+        sp_degree=1,
+        seed=0,
+    )
+    batches = itertools.islice(loader.evaluate(), a.sequences)
+    return divergence_rows(model.eval(), [batch.tokens.to(device) for batch in batches])
