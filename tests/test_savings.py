@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +348,27 @@ def test_the_plan_command_warns_and_tells_by_its_status(tmp_path, capsys):
     assert json.loads(out.read_text())["fits"] is False
     assert run(*flags, "--gpus=3", "--parallel.sp_degree=2") == 2
     assert "world size (3) % sp_degree (2) == 0 does not hold" in capsys.readouterr().err
+
+
+def test_a_task_of_the_array_takes_its_context(tmp_path):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >said\n')
+    python.chmod(0o755)
+    script = Path(__file__).parent.parent / "slurm/savings.sbatch"
+
+    def task(number, *arguments):
+        environment = os.environ | {"SLURM_ARRAY_TASK_ID": number, "SLURM_JOB_ID": "7"}
+        command = ["bash", str(script), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert task("12", "out", "--gpu", "this").returncode == 0
+    flags = (tmp_path / "said").read_text().split()
+    assert flags[2:] == ["savings", "--context", str(2**24), "--json", f"out/{2**24}.json", "--gpu", "this"]
+    assert (tmp_path / "out").is_dir()
+    for number, arguments, said in (("0", (), "usage"), ("13", ("out",), "task (13) < 13 does not hold")):
+        refused = task(number, *arguments)
+        assert refused.returncode == 2 and said in refused.stderr
 
 
 def test_calibrating_needs_a_gpu(tmp_path, capsys):

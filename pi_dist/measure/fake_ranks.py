@@ -39,7 +39,7 @@ from pi_dist.training.streaming import evaluated_loss, streamed_losses
 
 OUT_OF_MEMORY = "out of memory"
 _MARK = "measured rank: "  # before the row, on standard output, which DeepSpeed writes to as well
-_LONG_S = 10.0  # a step that takes longer is timed once
+_LONG_S = 3.0  # a step that takes longer is timed once
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def state_bytes(config: Config, world_size: int) -> tuple[float, float]:
     """(at rest, during the backward pass) bytes of parameters, optimizer states and gradients of a rank.
 
     As DeepSpeed 0.19 holds them: in bf16 ZeRO 1 keeps a whole fp32 gradient, ZeRO 2 whole gradients in bf16
-    and its part in fp32, ZeRO 3 its parts; the latter two have a bucket of 5e8 elements.
+    and its part in fp32, ZeRO 3 its parts; the latter two have a bucket of 5e8 elements, in fp32 all three.
     """
     n, stage = num_parameters(config), config.parallel.zero_stage
     element = BYTES[config.training.precision] if stage > 0 else 4
@@ -82,7 +82,7 @@ def state_bytes(config: Config, world_size: int) -> tuple[float, float]:
         return 4 * n + 8 * n, 16 * n
     if stage == 1:
         rest = element * n + states + 4 * n
-        return rest, rest
+        return rest, rest + (element * _BUCKET if element == 4 else 0)
     if stage == 2:
         rest = 2 * element * n + states
         return rest, rest + 4 * own + element * _BUCKET
