@@ -6,15 +6,17 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pi_dist.cli import main
 from pi_dist.config import PRESETS, Config, ConfigError, ParallelConfig, TrainingConfig, UserError
-from pi_dist.measure import calibrate, savings
+from pi_dist.measure import calibrate, kernel_bench, savings
 from pi_dist.measure.fake_ranks import OUT_OF_MEMORY
 from pi_dist.measure.plan import make_plan
 from pi_dist.measure.profile import (
@@ -216,6 +218,29 @@ def test_steps_that_take_too_long_are_predicted(gpu):
     assert not asked.asked
 
 
+@pytest.mark.slow
+def test_measuring_works_from_the_command_on(tmp_path, capsys):
+    """A profile that calls a CPU its GPU: real processes, fake ranks."""
+    mine = dataclasses.replace(H100, name="mine", device="cpu", memory_mib=2560.0 + 4.5)
+    write_profile(mine, str(tmp_path / "mine.json"))
+    flags = [
+        "--gpu",
+        str(tmp_path / "mine.json"),
+        "--preset",
+        "tiny",
+        "--context",
+        "4096",
+        "--methods",
+        "pi,ring",
+    ]
+    assert run("savings", *flags, "--max-gpus", "8", "--json", str(tmp_path / "s.json")) == 0
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    points = [point for row in rows for point in row.get("checks", ())]
+    assert {point["memory_source"] for point in points} == {"measured"}, points
+    assert {point["time_source"] for point in points} <= {"measured", "composed"}
+    assert "Largest error" in capsys.readouterr().out
+
+
 def synthetic(profile):
     """A record of `calibrate` whose figures come from the model with this profile."""
     settings = {
@@ -369,6 +394,39 @@ def test_a_task_of_the_array_takes_its_context(tmp_path):
     for number, arguments, said in (("0", (), "usage"), ("13", ("out",), "task (13) < 13 does not hold")):
         refused = task(number, *arguments)
         assert refused.returncode == 2 and said in refused.stderr
+
+
+def test_calibrating_measures_once_and_writes_a_profile(tmp_path, monkeypatch, capsys):
+    """On a GPU that is made up: what `measured_apart` says comes from the H100's profile."""
+    asked = []
+
+    def pretend(requests, timeout_s):
+        asked.append({request.world_size for request in requests})
+        rows = []
+        for request in requests:
+            compute = compute_seconds(work(request.config, request.world_size, H100), H100)
+            mib = memory(request.config, request.world_size, H100).total
+            rows.append({"status": "ok", "ms": 1e3 * compute, "peak_mib": mib})
+        return rows
+
+    monkeypatch.setattr(calibrate, "measured_apart", pretend)
+    monkeypatch.setattr(calibrate, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    total = SimpleNamespace(total_memory=80000 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    rates = (H100.copy_bytes_per_s, H100.matmul_flops_per_s)
+    monkeypatch.setattr(kernel_bench, "ceilings", lambda: rates)
+    flags = ["--json", str(tmp_path / "mine.json"), "--record", str(tmp_path / "steps.json")]
+    assert run("calibrate", *flags, "--presets", "small,medium") == 0
+    mine = load_profile(str(tmp_path / "mine.json"))
+    assert mine.memory_mib == 80000 and mine.sources["block_moves"] == "fitted to steps.json"
+    assert mine.matmul_share == pytest.approx(H100.matmul_share, rel=0.01)
+    assert mine.block_copies == pytest.approx(H100.block_copies, rel=0.01)
+    assert asked == [{1}, {4}] * 2
+    assert run("calibrate", *flags) == 0 and len(asked) == 4
+    assert "written to" in capsys.readouterr().out
 
 
 def test_calibrating_needs_a_gpu(tmp_path, capsys):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.shared import add_network, network_of, sizes
 from pi_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    from pi_dist.measure.savings import Lab
 
 
 def parser() -> ArgumentParser:
@@ -55,26 +58,20 @@ def run(arguments: Namespace) -> int:
     import json
     from pathlib import Path
 
-    import torch
-
-    from pi_dist.measure.profile import load_profile
-    from pi_dist.measure.record import device_name, resume, write
-    from pi_dist.measure.savings import Lab, Terms, merged, sweep
+    from pi_dist.measure.record import resume, write
+    from pi_dist.measure.savings import Terms, merged, settings, sweep
     from pi_dist.measure.savings_report import draw, markdown
 
     a = arguments
-    here = device_name()
-    name = a.gpu
-    if name == "this":
-        name = next((known for known in ("H200", "H100", "A100") if known in here), None)
-        if name is None:
-            raise ConfigError(f"gpu: no profile of {here}; make one with `pi-dist calibrate --json FILE`")
-    profile = load_profile(name)
+    path = None if a.json == "-" else a.json
     if a["from"]:
         record = merged(a["from"])
-        if a.json is not None:
-            write(record, a.json)
+        if path is not None:
+            write(record, path)
     else:
+        for key in ("chunk_tokens", "max_gpus"):
+            if a[key] < 1:
+                raise ConfigError(f"{key}: {key} ({a[key]}) >= 1 does not hold")
         terms = Terms(
             zero_stage=a.zero_stage,
             chunk_tokens=a.chunk_tokens,
@@ -84,36 +81,33 @@ def run(arguments: Namespace) -> int:
             schedule=a.schedule,
             max_gpus=a.max_gpus,
         )
-        for key in ("chunk_tokens", "max_gpus"):
-            if a[key] < 1:
-                raise ConfigError(f"{key}: {key} ({a[key]}) >= 1 does not hold")
-        measures = not a.predict and here.startswith(profile.device)
-        lab = Lab(
-            profile=profile,
-            network=network_of(a),
-            measures=measures,
-            real_ranks=torch.cuda.device_count() if measures else 1,
-            patience_s=a.patience,
-        )
-        settings = {"network": vars(lab.network), "measures": measures, "data": "random tokens"}
-        record = resume(a.json, settings) if a.json else {"settings": settings, "rows": []}
-        sweep(
-            a.json,
-            a.preset.split(","),
-            sizes("context", a.context),
-            a.methods.split(","),
-            a.budget,
-            terms,
-            lab,
-            record,
-        )
-    text = markdown(record, profile)
+        lab = _lab(a)
+        record = resume(path, settings(lab))
+        contexts = sizes("context", a.context)
+        sweep(path, a.preset.split(","), contexts, a.methods.split(","), a.budget, terms, lab, record)
+    text = markdown(record)
     if a.report is not None:
         Path(a.report).write_text(text, encoding="utf-8")
     if a.plot is not None:
         draw(record, a.plot)
-    if a.json == "-":
-        print(json.dumps(record, indent=1))
-    else:
-        print(text, end="")
+    print(json.dumps(record, indent=1) if a.json == "-" else text)
     return 0
+
+
+def _lab(a: Namespace) -> Lab:
+    """The GPU and network that are asked for; it measures if this machine has such a GPU."""
+    import torch
+
+    from pi_dist.measure.profile import load_profile, profile_names
+    from pi_dist.measure.record import device_name
+    from pi_dist.measure.savings import Lab
+
+    here, name = device_name(), a.gpu
+    if name == "this":
+        name = next((n for n in profile_names() if here.startswith(load_profile(n).device)), None)
+        if name is None:
+            raise ConfigError(f"gpu: no profile of {here}; make one with `pi-dist calibrate --json FILE`")
+    profile = load_profile(name)
+    measures = not a.predict and here.startswith(profile.device)
+    real_ranks = torch.cuda.device_count() if measures else 1
+    return Lab(profile, network_of(a), measures, real_ranks, patience_s=a.patience)

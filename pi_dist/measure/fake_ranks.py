@@ -39,6 +39,7 @@ from pi_dist.training.streaming import evaluated_loss, streamed_losses
 
 OUT_OF_MEMORY = "out of memory"
 _MARK = "measured rank: "  # before the row, on standard output, which DeepSpeed writes to as well
+_GRACE_S = 45.0  # torchrun gives its ranks 30
 _LONG_S = 3.0  # a step that takes longer is timed once
 
 
@@ -279,23 +280,34 @@ def measured_apart(requests: Sequence[Request], timeout_s: float = 600.0) -> lis
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_NAMES}
     if rank is not None:  # DeepSpeed asks for these
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
-        said, why = done.stdout, f"ended with exit status {done.returncode}: {_last_line(done.stderr)}"
-    except subprocess.TimeoutExpired as stopped:
-        said, why = (stopped.stdout or b"").decode(), f"no answer within {timeout_s:.0f} s"
+    said, why = _run(command, environment, timeout_s)
     rows = [json.loads(line.split(_MARK)[1]) for line in said.splitlines() if _MARK in line]
+    by_request = [(row.pop("request"), row) for row in rows]
     found = []
     for index in range(len(requests)):
-        of_ranks = [row for row in rows if row["request"] == index]
+        of_ranks = [row for request, row in by_request if request == index]
         unhappy = [row for row in of_ranks if row["status"] != "ok"]
         best = max(of_ranks, key=lambda row: row.get("peak_mib", 0.0), default={"status": why})
         found.append(unhappy[0] if unhappy else best)
     return found
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["nothing said"])[-1]
+def _run(command: list[str], environment: dict[str, str], timeout_s: float) -> tuple[str, str]:
+    """(standard output of a command, how it ended); after the timeout it is stopped, and torchrun's ranks."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            said, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its ranks, which it would leave behind if it were killed
+            try:
+                said, _ = process.communicate(timeout=_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said, _ = process.communicate()
+            return said, f"no answer within {timeout_s:.0f} s"
+    last = (errors.strip().splitlines() or ["nothing said"])[-1]
+    return said, f"ended with exit status {process.returncode}: {last}"
 
 
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -123,8 +123,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def resume(path: str, settings: dict) -> dict:
-    """The record at `path`, to go on with, or a fresh one with these settings.
+def resume(path: str | None, settings: dict) -> dict:
+    """The record at `path`, to go on with, or a fresh one with these settings, also where there is no path.
 
     Raises:
         UserError: it is a record of another device or of other versions.
@@ -136,7 +136,7 @@ def resume(path: str, settings: dict) -> dict:
         "settings": settings,
         "rows": [],
     }
-    if not Path(path).exists():
+    if path is None or not Path(path).exists():
         return fresh
     record = json.loads(Path(path).read_text())
     for key in ("device", "versions"):

@@ -305,6 +305,8 @@ def _identity(
         "streamed": streamed,
         "budget_ms": None if budget.step_ms is None else round(budget.step_ms, 3),
         "gpu": lab.profile.name,
+        "measures": lab.measures,
+        **asdict(lab.network),
         **{key: value for key, value in asdict(terms).items() if key not in ("device", "precision")},
     }
 
@@ -345,7 +347,7 @@ def errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sweep(
-    path: str,
+    path: str | None,
     presets: Sequence[str],
     contexts: Sequence[int],
     methods: Sequence[Method],
@@ -354,7 +356,11 @@ def sweep(
     lab: Lab,
     record: dict[str, Any],
 ) -> None:
-    """Add the rows that `record` lacks, writing it to `path` after each, with a bar on a terminal."""
+    """Add the rows that `record` lacks, writing it to `path`, if there is one, after each. Shows a bar.
+
+    Raises:
+        ConfigError: a preset, context, method or budget that makes no sense, before anything is measured.
+    """
     from tqdm import tqdm
 
     from pi_dist.measure.record import write
@@ -373,7 +379,17 @@ def sweep(
         own = _identity(*what, terms, lab)
         if not any(all(row[key] == value for key, value in own.items()) for row in rows):
             rows.append(fewest(*what, terms, lab))
-            write(record, path)
+            if path is not None:
+                write(record, path)
+
+
+def settings(lab: Lab) -> dict[str, Any]:
+    """What a record says of the GPU and of how its figures were found."""
+    known = asdict(lab.profile)
+    return {"profile": {key: known[key] for key in ("name", "memory_mib", "overhead_mib", "sources")}} | {
+        "patience_s": lab.patience_s,
+        "data": "random tokens",
+    }
 
 
 def merged(paths: Sequence[str]) -> dict[str, Any]:

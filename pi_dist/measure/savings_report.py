@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pi_dist.measure.profile import Profile
 from pi_dist.measure.savings import COMPOSED, MEASURED, errors
 
 _EXPLANATION = {
@@ -48,40 +47,62 @@ def _budget(row: dict[str, Any]) -> str:
     return "within memory" if row["budget_ms"] is None else f"within {row['budget_ms']:,.0f} ms a step"
 
 
-def markdown(record: dict[str, Any], profile: Profile) -> str:
+def markdown(record: dict[str, Any]) -> str:
     """The report: terms, one table for each preset and context, savings, errors of predictions, sources."""
-    rows = record["rows"]
-    first = rows[0]
+    rows, profile = record["rows"], record["settings"]["profile"]
+    usable, whole = ((profile["memory_mib"] - part) / 1024 for part in (profile["overhead_mib"], 0))
     lines = [
         "# GPUs that a context needs",
         "",
-        f"On {first['gpu']} ({profile.usable_mib / 1024:,.1f} of {profile.memory_mib / 1024:,.1f} GiB for "
-        "tensors). Every method: the same model, bf16, one sequence a step over all GPUs, "
-        f"ZeRO {first['zero_stage']}, blocks recomputed, logits in tiles, no offload. "
-        f"Pattern: k = {first['window']}, π = {first['stride']}, M = {first['num_skips']}, "
-        f"{first['schedule']} strides; streamed: chunks of {first['chunk_tokens']:,} tokens a GPU. "
-        f"GPUs: divisors of the context up to {first['max_gpus']:,}.",
+        f"On {profile['name']}, {usable:,.1f} of {whole:,.1f} GiB for tensors. Every method: the same model, "
+        "bf16, one sequence a step over all GPUs, blocks recomputed, logits in tiles, no offload, no data "
+        "parallelism.",
         "",
         "A cell is the fewest GPUs, with memory and step time of each. Letters say how a figure was found: "
         f"m {_EXPLANATION[MEASURED]}; c {_EXPLANATION[COMPOSED]}; p {_EXPLANATION['predicted']}. "
         "Reach is how far back the last token sees: a method that sees less is not the same goods.",
     ]
-    for (preset, context, _), group in _by(rows, "preset", "context", "budget_ms").items():
-        columns = [label(other) for other in group]
-        lines += [
-            "",
-            f"## {preset}, {context:,} tokens, {_budget(group[0])}",
-            "",
-            _line(["method", "GPUs", "reach", "seen", *(f"fewer than {name}" for name in columns)]),
-            _line(["---"] * (4 + len(columns))),
-        ]
-        for row in group:
-            seen = f"{row['covered_share']:.1%}"
-            shares = ["" if other is row else saving(row, other) for other in group]
-            lines.append(_line([label(row), _cell(row), f"{row['reach']:,}", seen, *shares]))
+    for terms, of_terms in _by(rows, *_TERMS).items():
+        lines += ["", _terms(dict(zip(_TERMS, terms, strict=True)))]
+        for group in _by(of_terms, "preset", "context", "budget_ms").values():
+            lines += _section(group)
     lines += ["", "## Predictions beside measurements", "", *_error_lines(rows), "", "## Constants", ""]
-    lines += [f"- {name}: {source}" for name, source in profile.sources.items()]
+    lines += [f"- {name}: {source}" for name, source in profile["sources"].items()]
     return "\n".join(lines) + "\n"
+
+
+_TERMS = (
+    *("zero_stage", "window", "stride", "num_skips", "schedule", "chunk_tokens", "max_gpus", "gpus_per_node"),
+    *("fabric_bytes_per_s", "fabric_latency_s"),
+)
+
+
+def _terms(t: dict[str, Any]) -> str:
+    """What rows have in common, in a sentence."""
+    return (
+        f"ZeRO {t['zero_stage']}; pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
+        f"{t['schedule']} strides; streamed: chunks of {t['chunk_tokens']:,} tokens a GPU; GPUs: divisors of "
+        f"the context up to {t['max_gpus']:,}, {t['gpus_per_node']} a node, between nodes "
+        f"{t['fabric_bytes_per_s'] / 1e9:g} GB/s for each and {1e6 * t['fabric_latency_s']:g} µs."
+    )
+
+
+def _section(group: list[dict[str, Any]]) -> list[str]:
+    """The table of one preset, context and budget."""
+    first, columns = group[0], [label(other) for other in group]
+    lines = [
+        "",
+        f"## {first['preset']}, {first['context']:,} tokens, {_budget(first)}",
+        "",
+        _line(["method", "GPUs", "reach", "seen", *(f"fewer than {name}" for name in columns)]),
+        _line(["---"] * (4 + len(columns))),
+    ]
+    for row in group:
+        shares = ["" if other is row else saving(row, other) for other in group]
+        lines.append(
+            _line([label(row), _cell(row), f"{row['reach']:,}", f"{row['covered_share']:.1%}", *shares])
+        )
+    return lines
 
 
 def _line(cells: list[str]) -> str:
@@ -157,6 +178,8 @@ def draw(record: dict[str, Any], path: str | os.PathLike) -> None:
         grid[0][0].set_ylabel(f"fewest {record['rows'][0]['gpu']} GPUs")
         handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
         grid[0][-1].legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
-        figure.suptitle("filled: memory measured; open: predicted; dashed: within the time that was asked")
+        figure.suptitle(
+            "filled: memory measured; open: predicted; dashed: within a time too; equal curves side by side"
+        )
         save(figure, path)
         plt.close(figure)
