@@ -48,7 +48,7 @@ def _vocabulary(config: Config) -> tuple[int, str]:
     """(rounded up as training does, where it comes from): the data's, or GPT-2's where there are none yet."""
     from pi_dist.config import resolve
     from pi_dist.data.shards import open_splits
-    from pi_dist.measure.sp_bench import VOCABULARY
+    from pi_dist.measure.steps import VOCABULARY
 
     if not Path(config.data.train).is_dir():
         return VOCABULARY, f"assumed: there is no {config.data.train} yet"

@@ -28,14 +28,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pi_dist.config import Config, UserError, accumulation_steps, check
+from pi_dist.config import Config, UserError, accumulation_steps, check, compiles
 from pi_dist.data.loader import Batch
-from pi_dist.measure.sp_bench import random_batch
+from pi_dist.measure.steps import random_batch
 from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import choose_device, start
 from pi_dist.training.deepspeed_engine import Engine, unchecked_across_ranks
-from pi_dist.training.streaming import evaluated_loss, streamed_losses
+from pi_dist.training.kept_memory import Memory, free_host_memory, plan_kept_rows
+from pi_dist.training.streaming import ON_DEVICE, evaluated_loss, streamed_losses
 
 OUT_OF_MEMORY = "out of memory"
 _MARK = "measured rank: "  # before the row, on standard output, which DeepSpeed writes to as well
@@ -161,11 +163,23 @@ class _Memory:
         return round(size / 2**20, 2)
 
 
-def _optimizer_step(engine: Engine, mesh: Mesh, config: Config, batch: Batch) -> None:
+def _placement(config: Config, device: torch.device, request: Request) -> Placement:
+    """Where a run in chunks would keep rows; machines of eight ranks share their host memory."""
+    if config.training.chunk_tokens is None:
+        return ON_DEVICE
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if total is not None and request.limit_mib is not None:
+        total = min(total, int(request.limit_mib * 2**20))
+    host = free_host_memory()
+    host = None if host is None else host // min(request.world_size, 8)
+    return plan_kept_rows(config, Memory(total, host)).placement()
+
+
+def _optimizer_step(engine: Engine, mesh: Mesh, config: Config, batch: Batch, placement: Placement) -> None:
     t = config.training
     valid = torch.tensor(float(t.context * t.batch_size), device=mesh.device)
     for _ in range(accumulation_steps(config, mesh.world_size)):
-        for loss in streamed_losses(engine, mesh, batch, config.parallel, 0, t.chunk_tokens):
+        for loss in streamed_losses(engine, mesh, batch, config.parallel, 0, t.chunk_tokens, placement):
             engine.backward(loss, valid)
             engine.step(0)
 
@@ -221,16 +235,21 @@ def measure(request: Request) -> dict[str, Any]:
 def _measured_steps(request: Request, device: torch.device, memory: _Memory) -> dict[str, Any]:
     config, t = request.config, request.config.training
     mesh = make_mesh(config.parallel.sp_degree, device)
-    model = PiTransformer(config.model, t.context, activation_checkpointing=t.activation_checkpointing)
+    model = PiTransformer(
+        config.model,
+        t.context,
+        activation_checkpointing=t.activation_checkpointing,
+        compiled=compiles(config, device.type),
+    )
     engine = Engine(model, config, mesh)
-    batch = random_batch(config, mesh)
+    batch, placement = random_batch(config, mesh), _placement(config, device, request)
     try:
 
         def step() -> None:
-            _optimizer_step(engine, mesh, config, batch)
+            _optimizer_step(engine, mesh, config, batch, placement)
 
         def forward() -> None:
-            evaluated_loss(engine, mesh, batch, config.parallel, t.chunk_tokens)
+            evaluated_loss(engine, mesh, batch, config.parallel, t.chunk_tokens, placement)
 
         first = _seconds(step, device)
         memory.reset()

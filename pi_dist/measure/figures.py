@@ -325,7 +325,7 @@ def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
         "blocks again": (":", lambda row: row["activation_checkpointing"] is True),
         "in chunks": ("-.", lambda row: row["chunk_tokens"] is not None),
     }
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
         for axes, key, title in zip(panels, ("tokens_per_s", "mfu"), ("tokens/s", "MFU"), strict=True):
             for preset, colour in zip(presets, _RANK_COLOURS, strict=False):
@@ -347,7 +347,7 @@ def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
             axes.set_title(title, **_HEADING)
         panels[0].legend(fontsize=7, frameon=False)
         figure.suptitle(f"{content['device']}: one optimizer step")
-        _save(figure, path)
+        save(figure, path)
         plt.close(figure)
 
 

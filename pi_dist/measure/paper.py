@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +11,10 @@ from unittest.mock import patch
 
 import torch
 
-from pi_dist.config import PRESETS, Config, Method, ModelConfig, ParallelConfig, TrainingConfig, UserError
+from pi_dist.config import Config, Method, ModelConfig, ParallelConfig, TrainingConfig, UserError
 from pi_dist.measure.fake_ranks import Request, measured_apart
 from pi_dist.measure.record import PEAK_BF16, device_name
-from pi_dist.measure.sp_bench import PAPER, VOCABULARY
+from pi_dist.measure.steps import PAPER, model_of
 from pi_dist.model import attention as attention_layers
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.flops import training_flops_per_token
@@ -39,8 +38,7 @@ _LAYERS = {
 
 
 def _model(preset: str, **changes: Any) -> ModelConfig:
-    vocab_size = PRESETS[preset].vocab_size or VOCABULARY
-    return dataclasses.replace(PRESETS[preset], **({"vocab_size": vocab_size} | PAPER | changes))
+    return model_of(preset, **(PAPER | changes))
 
 
 def table_rows(contexts: Sequence[int], preset: str, device: str, timeout_s: float) -> list[dict[str, Any]]:
@@ -93,12 +91,13 @@ def layer_rows(contexts: Sequence[int], preset: str, device: torch.device) -> li
     for context in contexts:
         for name, changes in _LAYERS.items():
             model = _model(preset, **changes, num_layers=1)
-            (block,) = PiTransformer(model, context).blocks.to(device, dtype)
+            built = PiTransformer(model, context, compiled=device.type == "cuda")
+            (block,) = built.blocks.to(device, dtype)
             x = torch.randn(1, context, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
             table = rotary_table((0,), context, model.head_dim, model.rope_theta, device)
 
-            def forward(block=block, x=x, table=table) -> torch.Tensor:
-                return block(x, table, SequenceContext())
+            def forward(block=block, x=x, table=table, pieces=built.pieces) -> torch.Tensor:
+                return block(x, table, SequenceContext(), pieces)
 
             def both(forward=forward, x=x) -> None:
                 forward().backward(x.detach())

@@ -29,8 +29,9 @@ from pi_dist.config import (
 from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, measured_apart, typical_rank
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.reach import report
-from pi_dist.measure.sp_bench import METHODS, VOCABULARY
+from pi_dist.measure.sp_bench import METHODS
 from pi_dist.measure.step_model import communication_seconds, memory, step_time
+from pi_dist.measure.steps import model_of as preset_with
 
 MEASURED, PREDICTED = "measured", "predicted"
 COMPOSED = "composed"  # time: of one rank, measured, and communication, predicted
@@ -102,9 +103,8 @@ def model_of(preset: str, method: Method, terms: Terms) -> ModelConfig:
     if preset not in PRESETS:
         raise ConfigError(f"preset: {preset!r} in {', '.join(PRESETS)} does not hold")
     pattern = {"window": terms.window, "stride": terms.stride, "schedule": terms.schedule}
-    vocab_size = PRESETS[preset].vocab_size or VOCABULARY
-    skips = {"num_skips": 0 if method == "window" else terms.num_skips}
-    return replace(PRESETS[preset], method=method, vocab_size=vocab_size, **pattern, **skips)
+    skips = 0 if method == "window" else terms.num_skips
+    return preset_with(preset, method=method, num_skips=skips, **pattern)
 
 
 def config_of(

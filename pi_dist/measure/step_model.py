@@ -17,9 +17,10 @@ from pi_dist.ops.pattern import layer_patterns
 MIB = 2**20
 _BUCKET = 500_000_000  # elements of DeepSpeed's default reduce bucket
 _LIVE_PARAMETERS = 1_000_000_000  # that ZeRO 3 gathers at most ahead of their use, DeepSpeed's default
-_TILE = 2**25  # logits that the loss holds at a time
-_TILE_BYTES = 10  # of each: log-probabilities, their gradient, and that in bf16
-_LOGIT_BYTES = 38  # read and written for each, beside the matrix products
+_TILE = 2**29  # logits that the loss holds at a time on a GPU; their gradient takes their place
+_LOGIT_MOVES = 6  # times that each is read or written: by three products, and by the loss
+_PRODUCT_COPIES = 11  # of a block's copies, matrix products and what attention needs
+_NEAR_SHARE = 0.6  # of the memory, that kept rows may take before they go to the host
 _GRADIENT_COPIES = (
     6  # of a block's copies, those that only its backward pass makes: of the wide MLP and inputs
 )
@@ -97,21 +98,34 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
     tokens = t.micro_batch_size * (t.context // p.sp_degree)
     here = -(-tokens // chunks)  # that go through the model at a time
     row = m.hidden_size * BYTES[t.precision]  # one token's hidden state
-    kept = here * row * (m.num_layers if t.activation_checkpointing else 1)  # inputs of blocks
+    recomputed = t.activation_checkpointing is True
+    kept = here * row * (m.num_layers if recomputed else 1)  # inputs of blocks
     kept += 16 * here  # tokens and labels
     if chunks > 1:
         kv = 2 * m.kv_heads * m.head_dim * BYTES[t.precision]
         reach = (min(pattern.reach(), here) for pattern in layer_patterns(m, t.context))
-        kept += t.micro_batch_size * (chunks - 1) * sum(reach) * kv
+        rows = t.micro_batch_size * (chunks - 1) * sum(reach) * kv
+        if t.kept_rows == "host" or (
+            t.kept_rows == "auto" and rows > _NEAR_SHARE * profile.usable_mib * MIB
+        ):  # rows of two chunks stay
+            rows *= min(1.0, 2 / (chunks - 1))
+        kept += rows
     gradients = _GRADIENT_COPIES * here * row
     block = profile.block_copies * here * row - gradients  # what the backward pass of a block reads
     tile = min(_TILE, here * m.vocab_size)
-    loss = 3 * here * row + 4 * m.vocab_size * m.hidden_size + _TILE_BYTES * tile
-    if t.activation_checkpointing:
+    loss = 3 * here * row + 4 * m.vocab_size * m.hidden_size + BYTES[t.precision] * tile
+    if recomputed:
         working = max(block + gradients, loss)
+    elif t.activation_checkpointing == "selective":
+        working = m.num_layers * _PRODUCT_COPIES * here * row + max(block + gradients, loss)
     else:
         working = m.num_layers * block + max(gradients, loss)
     return Memory(state_bytes(config, world_size)[1] / MIB, kept / MIB, working / MIB + profile.fixed_mib)
+
+
+def forward_passes(config: Config) -> int:
+    """How often a block is computed in one step: again where its backward pass recomputes it all."""
+    return 2 if config.training.activation_checkpointing is True or config.training.chunk_tokens else 1
 
 
 def exact_flops(config: Config) -> float:
@@ -140,13 +154,13 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     """What a rank does in one optimizer step, without communication."""
     m, t, p = config.model, config.training, config.parallel
     tokens = t.micro_batch_size * t.context // p.sp_degree
-    forwards = 2 if t.activation_checkpointing or t.chunk_tokens else 1
+    forwards = forward_passes(config)
     head = m.vocab_size * m.hidden_size
     flops = tokens * (6.0 * head + 2.0 * (forwards + 2) * (matmul_parameters(m) - head))
     element = BYTES[t.precision]
     exact_layers = sum(method in EXACT_METHODS for method in m.methods)
     seconds = _kernel_seconds(config, profile, forwards) + _merge_seconds(config, profile, forwards)
-    seconds += tokens * m.vocab_size * _LOGIT_BYTES / profile.copy_bytes_per_s
+    seconds += tokens * m.vocab_size * _LOGIT_MOVES * element / profile.copy_bytes_per_s
     steps = accumulation_steps(config, world_size)
     states = num_parameters(config) * (_STATE_BYTES / (world_size if p.zero_stage else 1) + 8)
     return Work(
@@ -200,7 +214,7 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
     """
     m, t, p = config.model, config.training, config.parallel
     rate, latency = network.of(p.sp_degree)
-    forwards = 2 if t.activation_checkpointing or t.chunk_tokens else 1
+    forwards = forward_passes(config)
     micro_steps = accumulation_steps(config, world_size)
     total = 0.0
     if p.sp_degree > 1:
