@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pi_dist.config import Config, Method, UserError
-from pi_dist.measure.fake_ranks import Request, measured_apart, typical_rank
+from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, measured_apart, typical_rank
 from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
 from pi_dist.measure.record import device_name, kept_records, resume, write
 from pi_dist.measure.savings import Terms, config_of
@@ -184,9 +184,10 @@ def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minut
             break
         found = measured_apart([_request(point) for point in asked], seconds)
         for point, row in zip(asked, found, strict=True):
-            what = dict(zip(_KEYS, point, strict=True))
-            record["rows"].append(what | {"ms": None, "peak_mib": None} | row)
-            print(_line(record["rows"][-1]), flush=True)
+            whole = dict(zip(_KEYS, point, strict=True)) | {"ms": None, "peak_mib": None} | row
+            if row["status"] in ("ok", OUT_OF_MEMORY):  # what had no time is measured the next time
+                record["rows"].append(whole)
+            print(_line(whole), flush=True)
         write(record, record_path)
     base = _base(device_name())
     for kernels in kept_records().values():
