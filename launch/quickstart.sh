@@ -28,8 +28,8 @@ if ((gpus > 0)); then ranks="$gpus"; fi
 echo "3/4 train on $ranks ranks"
 bash launch/torchrun.sh "$ranks" "$config" --parallel.sp_degree="$ranks" "$@"
 run_dir="$("$python" -c 'import sys
-from pi_dist.cli import run_directory
-print(run_directory(sys.argv[1:]))' --config "$config" "$@")"
+from pi_dist.commands.train import read_config
+print(read_config(sys.argv[1:]).run_dir)' --config "$config" "$@")"
 
 echo
 echo "4/4 a sample, continued from \"Fellow citizens\":"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi_dist.cli import UNFINISHED, main
+from pi_dist.cli import main
+from pi_dist.commands.train import UNFINISHED
 from pi_dist.config import ConfigError
 from pi_dist.launching.submit import seconds_of
 

@@ -1,0 +1,135 @@
+"""`pi-dist bench`: kernels and training steps timed on this machine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from pi_dist.commands.shared import sizes
+from pi_dist.config import ConfigError
+
+UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
+
+
+def parser() -> ArgumentParser:
+    p = ArgumentParser(
+        description="Measure on this machine. kernel: the operator beside its floor and other kernels. "
+        "blocks: tile sizes of the kernels, written to the table that they are read from. "
+        "sp: training steps of every method on the ranks of the launcher "
+        "(torchrun --nproc-per-node 2 -m pi_dist bench sp ...), and with one rank their baseline. "
+        "step: a step of each preset on one device, what it is spent on, and how far chunks carry.",
+        exit_on_error=False,
+    )
+    p.add_argument("what", type=Literal["kernel", "blocks", "sp", "step"], help="what to measure")
+    p.add_argument(
+        "--json",
+        type=str | None,
+        default=None,
+        help="the record to make, or to go on with; blocks: another table",
+    )
+    p.add_argument("--head-dim", type=int, default=64, help="blocks: the head_dim to choose tile sizes for")
+    p.add_argument(
+        "--minutes", type=float, default=8.0, help="kernel, sp, step: stop after so long; run again to go on"
+    )
+    p.add_argument(
+        "--plot",
+        type=str | None,
+        default=None,
+        help="kernel, step: draw the record there; sp: what ran when, of --trace (.svg, .png)",
+    )
+    p.add_argument(
+        "--presets",
+        type=str | None,
+        default=None,
+        help="tiny, small, medium, large, with commas; default: small,medium (sp), and large (step)",
+    )
+    p.add_argument(
+        "--contexts",
+        type=str | None,
+        default=None,
+        help="tokens of a sequence, over all ranks, with commas; default: 32k to 1M (sp), 8k to 1M (step)",
+    )
+    p.add_argument(
+        "--streamed",
+        type=str,
+        default="1048576,4194304,16777216,134217728",
+        help="step: contexts to train in chunks, with commas",
+    )
+    p.add_argument(
+        "--methods",
+        type=str,
+        default="pi,window,ring,ulysses,dense",
+        help="sp: which methods; dense runs on one rank, ring and ulysses on several",
+    )
+    p.add_argument(
+        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp, step: as parallel.device"
+    )
+    p.add_argument(
+        "--trace",
+        type=str | None,
+        default=None,
+        help="sp: write the kernels of the first measured step there (JSON)",
+    )
+    return p
+
+
+def run(arguments: Namespace) -> int:
+    if arguments.what == "blocks":
+        from pi_dist.measure.kernel_tuning import tune
+
+        tune(arguments.head_dim, arguments.json)
+        return 0
+    if arguments.json is None:
+        raise ConfigError(
+            f"bench {arguments.what}: --json FILE is needed; the record is written there row by row"
+        )
+    complete = {"kernel": _kernel, "sp": _sp, "step": _step}[arguments.what](arguments)
+    return 0 if complete else UNFINISHED_RECORD
+
+
+def _kernel(arguments: Namespace) -> bool:
+    from pi_dist.measure.figures import draw_kernels
+    from pi_dist.measure.kernel_bench import bench
+
+    complete = bench(arguments.json, arguments.minutes)
+    if arguments.plot is not None:
+        draw_kernels(arguments.json, arguments.plot)
+    return complete
+
+
+def _sp(arguments: Namespace) -> bool:
+    from pi_dist.measure.figures import draw_timeline
+    from pi_dist.measure.sp_bench import bench, is_last_rank
+
+    if arguments.plot is not None and arguments.trace is None:
+        raise ConfigError("bench sp: --plot FILE needs --trace FILE, which it draws")
+    complete = bench(
+        arguments.json,
+        (arguments.presets or "small,medium").split(","),
+        sizes("contexts", arguments.contexts or "32768,65536,131072,262144,1048576"),
+        arguments.methods.split(","),
+        minutes=arguments.minutes,
+        device=arguments.device,
+        trace=arguments.trace,
+    )
+    if arguments.plot is not None and is_last_rank():  # which wrote the trace
+        draw_timeline(arguments.trace, arguments.plot)
+    return complete
+
+
+def _step(arguments: Namespace) -> bool:
+    from pi_dist.measure.figures import draw_steps
+    from pi_dist.measure.step_bench import bench
+
+    complete = bench(
+        arguments.json,
+        (arguments.presets or "small,medium,large").split(","),
+        sizes("contexts", arguments.contexts or "8192,32768,131072,1048576"),
+        sizes("streamed", arguments.streamed),
+        minutes=arguments.minutes,
+        device=arguments.device,
+    )
+    if arguments.plot is not None:
+        draw_steps(arguments.json, arguments.plot)
+    return complete
