@@ -474,7 +474,8 @@ def clamped(scores_tile, ring, priors, scores, OPTIONS: tl.constexpr):
         prior = tl.where(ring, priors.ring, priors.skip)
     x = scores_tile * (scores.scale * LOG2E) + prior
     if OPTIONS.has_cap:
-        return tl.minimum(tl.maximum(x, priors.low), priors.high), x
+        bounded = tl.maximum(x, priors.low, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(bounded, priors.high, propagate_nan=tl.PropagateNan.ALL), x
     else:
         return x, x
 

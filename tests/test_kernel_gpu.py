@@ -48,7 +48,7 @@ def random_case(seed):
     """(inputs, dout, pattern, options) of a random call in one of the three dtypes."""
     chance = random.Random(seed)
     dtype = DTYPES[seed % 4]
-    heads, kv_heads = chance.choice([(1, 1), (2, 2), (4, 2), (2, 1)])
+    heads, kv_heads = chance.choice([(1, 1), (2, 2), (4, 2), (2, 1), (16, 1)])
     single = chance.random() < 0.5
     pattern = PiPattern(
         window=chance.choice([0, 1, 4, 16, 40, 100, 200]),
@@ -81,7 +81,8 @@ def test_random_calls_err_no_more_than_plain_pytorch_and_repeat(seed):
     again = results(triton_attention, inputs, dout, pattern, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     dtype = inputs[0].dtype
-    slack = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    # far below plain PyTorch's own error, but for fp32, whose errors are a few roundings
+    slack = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 1 / 16)
     ours, eager = (relative_errors(tensors, exact, floor=0.05) for tensors in (found, plain))
     # written so that NaN fails
     assert all(a <= 1.5 * b + slack for a, b in zip(ours, eager, strict=True)), (ours, eager, pattern)

@@ -813,3 +813,22 @@ def test_a_saved_table_reads_back_the_same(tmp_path, monkeypatch):
     assert block_sizes.table.__wrapped__() == changed != entries
     block_sizes.save(entries, tmp_path / "table.json")
     assert (tmp_path / "table.json").read_text("utf-8") == before
+
+
+@pytest.mark.parametrize("logit_cap", [20.0, None])
+@pytest.mark.parametrize("pattern", [PiPattern(3, 5), PiPattern(4, 9, num_skips=6)], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_a_number_stays_so(pattern, logit_cap):
+    """In the rows in which the reference has it: a clamp that hid it would hide it from the loss, too."""
+    for place in range(4):
+        inputs, _ = draw_inputs(5, gated=True, head_dim=16)
+        inputs[place][0, 11, 0] = float("nan")
+        ours, plain = (
+            pi_attention(*inputs, pattern, logit_cap=logit_cap, backend=backend).isfinite().all(-1)
+            for backend in ("triton", "reference")
+        )
+        assert not plain[0, 11, 0]
+        if place == 2:  # in v it also meets the weight 0 of keys beside it in a tile
+            assert (ours <= plain).all()
+        else:
+            assert torch.equal(ours, plain)

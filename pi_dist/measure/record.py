@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import resource
@@ -113,8 +114,10 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
+    """Versions of what a figure depends on; of the kernels, a hash of their files."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    files = sorted((Path(__file__).parents[1] / "kernels").glob("*.*"))
+    found["kernels"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     for package in ("torch", "triton", "deepspeed", "pi-dist"):
         try:
             found[package] = version(package)
