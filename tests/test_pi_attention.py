@@ -281,3 +281,23 @@ def test_pattern_offsets_are_the_masks(window, stride, num_skips, causal, includ
         for offset in offsets:
             expected |= (positions[:, None] - positions[None, :]) == offset
         assert torch.equal(mask, expected)
+
+
+def test_segment_ids_of_64_bits_are_told_apart():
+    """Hashes: equal in their low 32 bits, above 2^31, negative for padding; both sides by the same names."""
+    small = torch.tensor([[3, 0, 0, 1, 2, 2, -1], [0, 0, 1, 1, -1, 0, 0]])
+    names = torch.tensor([2**33, 2**33 + 2**32, 2**31 + 5, -(2**40), 7])  # the last but one is padding
+    large = names[torch.where(small < 0, 3, torch.where(small == 3, 4, small))]
+    pattern = PiPattern(3, 4)
+    inputs = make_inputs(1, q_len=7, k_len=7)
+    expected = results(pi_attention, inputs, pattern, segment_ids=small.int())
+    assert_equal(results(pi_attention, inputs, pattern, segment_ids=large), expected)
+    later = (inputs[0][:, 2:], *inputs[1:3], inputs[3][:, 2:])
+    options = {"query_start": 2, "backend": "reference"}
+    found, right = (
+        pi_attention(*later, pattern, segment_ids=(ids[:, 2:], ids), **options)
+        for ids in (large, small.int())
+    )
+    assert torch.equal(found, right)
+    with pytest.raises(ValueError, match=r"segment_ids.dtype \(torch.float32\) is an integer type"):
+        pi_attention(*inputs, pattern, segment_ids=small.float())
