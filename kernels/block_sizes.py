@@ -1,6 +1,7 @@
 """Tile sizes of the kernels, looked up here.
 
-`pi-dist bench blocks` measures those of the usual bands for head_dim up to 128; the rest are sizes that fit.
+`pi-dist bench blocks` measures every entry of the table. What has none takes that of a wider band; heads
+wider than 128, and fp32, sizes that fit.
 """
 
 import json
@@ -38,17 +39,25 @@ def table() -> dict[str, Blocks]:
     return {key: Blocks(**entry) for key, entry in entries.items()}
 
 
+def name(kernel: str, kind: str, size: int, head_dim: int) -> str:
+    """Of the entry for a size of BANDS and head_dim up to 128: `fwd.ring.64.512`."""
+    return f"{kernel}.{kind}.{64 if head_dim <= 64 else 128}.{size}"
+
+
 def key(kernel: str, kind: str, band: int, head_dim: int) -> str:
-    """Name of the entry for a band of so many steps: `fwd.ring.64.512`."""
-    size = next((size for size in BANDS if band <= size), BANDS[-1])
-    width = next(width for width in (64, 128, 256) if head_dim <= width)
-    return f"{kernel}.{kind}.{width}.{size}"
+    """Name of the entry that a band uses: the least of its kind, or else of a window, that is as wide."""
+    sizes = [size for size in BANDS if min(band, BANDS[-1]) <= size]
+    names = (name(kernel, of_kind, size, head_dim) for of_kind in (kind, "ring") for size in sizes)
+    return next(found for found in names if found in table())
 
 
 @lru_cache(maxsize=1024)
 def blocks(kernel: str, kind: str, band: int, head_dim: int, element_bytes: int) -> Blocks:
     """Tile sizes for 16-bit elements as measured, and smaller ones for fp32, which needs twice the room."""
-    entry = table()[key(kernel, kind, band, head_dim)]
+    if head_dim > 128:
+        entry = Blocks(64, 64 if kernel == "narrow" else 32, 8, 1)
+    else:
+        entry = table()[key(kernel, kind, band, head_dim)]
     if element_bytes == 2:
         return entry
     small = 64 if head_dim <= 64 else 32

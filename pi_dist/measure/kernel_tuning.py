@@ -48,7 +48,7 @@ def _candidates(
 
 def trials(head_dim: int) -> list[Trial]:
     """Everything that is timed; entries for windows come first, since patterns with skips use them too."""
-    from pi_dist.kernels.block_sizes import BANDS, key
+    from pi_dist.kernels.block_sizes import BANDS, name
     from pi_dist.ops.triton_backend import NARROW, WALKED, WALKED_BYTES
 
     timed_on = [("ring", band, Case(head_dim, TOKENS, band, 0)) for band in BANDS]
@@ -66,7 +66,7 @@ def trials(head_dim: int) -> list[Trial]:
         walks = band <= WALKED and kind != "far" and 2 * head_dim <= WALKED_BYTES
         backward = ("narrow",) if band <= NARROW else ("walk",) if walks else ("keys", "queries")
         for kernel in ("fwd", *backward):
-            entry = key(kernel, kind, band, head_dim)
+            entry = name(kernel, kind, band, head_dim)
             direction = "forward" if kernel == "fwd" else "backward"
             found += [Trial(entry, sizes, case, direction) for sizes in _candidates(kernel, band, head_dim)]
     return found
