@@ -233,16 +233,17 @@ def earlier_sums(dgate, weight, residual, queries, OPTIONS: tl.constexpr):
 
 @triton.jit
 def store_gate(dgate, weight, residual, queries, sums, earlier, scores, OPTIONS: tl.constexpr):
-    """dα of queries, or, where several launches make one gradient, its three summands to be put together.
+    """dα of queries, or, where several launches make one gradient, its parts: dα = dgate - residual·weight.
 
     `dα / (1-2ε) = Σ_ring dl / α - Σ_skip dl / (1-α)`. The rounding of delta adds e times the softmax to every
     dl, and e = residual: it is taken out here, because the two sums nearly cancel.
     """
     if OPTIONS.has_gate:
-        dl, residuals = sums.dl / scores.scale, sums.residual / scores.scale
+        slope: tl.constexpr = 1 - 2 * OPTIONS.epsilon
+        dl, residuals = slope * (sums.dl / scores.scale), slope * (sums.residual / scores.scale)
         if OPTIONS.parts:
             store(dgate, queries, dl + earlier.dl)
             store(weight, queries, sums.weight + earlier.weight)
             store(residual, queries, residuals + earlier.residual)
         else:
-            store(dgate, queries, (1 - 2 * OPTIONS.epsilon) * (dl - residuals * sums.weight))
+            store(dgate, queries, dl - residuals * sums.weight)

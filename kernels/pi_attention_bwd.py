@@ -119,7 +119,7 @@ def _keys_tile(
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout", "first_share"])
 def _keys_kernel(
-    q, k, v, q_labels, k_labels, delta, lse, dout, strides_ptr, kv_heads_ptr, log_ring, log_skip, dk, dv,
+    q, k, v, q_labels, k_labels, delta, lse, dout, log_ring, log_skip, dk, dv, strides_ptr, kv_heads_ptr,
     sizes, scores, dropout, first_share, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of block_m keys, summed over `shares` query heads; num_heads counts the keys' heads."""
@@ -179,8 +179,8 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout", "first_share"])
 def _queries_kernel(
-    q, k, v, q_labels, k_labels, delta, lse, dout, strides_ptr, kv_heads_ptr, gate, dq, dgate, weight,
-    residual, sizes, scores, dropout, first_share, OPTIONS: tl.constexpr,
+    q, k, v, q_labels, k_labels, delta, lse, dout, gate, dq, dgate, weight, residual, strides_ptr,
+    kv_heads_ptr, sizes, scores, dropout, first_share, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """dq and dgate of block_m queries of one head; num_heads counts `shares` of them a head of the keys."""
     tile, slot, batch = decode(sizes, OPTIONS.heads_first)

@@ -193,8 +193,8 @@ def _walk(
 
 @triton.jit(do_not_specialize=["sizes", "scores", "dropout"])
 def _fused_kernel(
-    q, k, v, gate, q_labels, k_labels, out, lse, dout, strides_ptr, dq, dk, dv, dgate, weight, residual,
-    sizes, scores, dropout, OPTIONS: tl.constexpr,
+    q, k, v, gate, q_labels, k_labels, out, lse, dout, dq, dk, dv, dgate, weight, residual, strides_ptr,
+    kv_heads_ptr, sizes, scores, dropout, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """All gradients, for queries and keys in the same tensor; num_heads counts the keys' heads.
 

@@ -94,7 +94,9 @@ def tiles(sizes):
     with pytest.MonkeyPatch.context() as patch:
         if sizes is not None:
             patch.setattr(triton_backend, "blocks", small)
+            triton_backend._launch_of.cache_clear()
         yield
+    triton_backend._launch_of.cache_clear()
 
 
 @contextlib.contextmanager
@@ -399,7 +401,7 @@ def test_strides_of_more_elements_than_32_bits_count(pattern, monkeypatch):
             used.append(options.long_steps)
             return options
 
-    monkeypatch.setattr(triton_backend, "_Launch", Far)
+    monkeypatch.setattr(triton_backend, "_launch_of", Far)
     inputs, dout = draw_inputs(20, 1, 110, None, 2, 1)
     check(inputs, dout, pattern)
     assert len(used) >= 2 and all(used)
@@ -442,9 +444,9 @@ def test_labels_of_queries_and_keys_of_different_lengths():
 def far_is_near(monkeypatch):
     """Skips count as far beyond 8 tokens instead of 32, so that short sequences have all bands."""
     monkeypatch.setattr(triton_backend, "NEAR_SKIPS", 8)
-    triton_backend._parts.cache_clear()
+    triton_backend._launch_of.cache_clear()
     yield
-    triton_backend._parts.cache_clear()
+    triton_backend._launch_of.cache_clear()
 
 
 def on_ranks(inputs, dout, pattern, labels, num_ranks, options):
@@ -765,6 +767,7 @@ def test_tile_sizes_fit_whatever_is_asked_for(monkeypatch):
         return sizes
 
     monkeypatch.setattr(triton_backend, "blocks", recorded)
+    triton_backend._launch_of.cache_clear()
     windows, skips = (0, 4, 16, 20, 33, 64, 100, 600), (0, 1, 3, 16, 17, 64, 100)
     for dtype, head_dim, heads in itertools.product((torch.float16, torch.float32), (1, 128, 200), (1, 2)):
         (q, k, v, gate), dout = draw_inputs(17, 1, 900, None, heads, 1, head_dim, dtype=dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run, accumulate_dtype
@@ -187,7 +189,8 @@ def pi_attention(
         for side in (0, 1)
     )
     backend_functions(backend, q)  # refuses what cannot be used, before any work
-    out, _ = torch.ops.pi_dist.pi_attention_fwd(
+    registered = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    out, _ = (torch.ops.pi_dist.pi_attention_fwd if registered else _PiAttentionFunction.apply)(
         q,
         k,
         v,
@@ -202,24 +205,25 @@ def pi_attention(
         q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
         logit_cap,
         dropout_p,
-        seed or 0,
+        (seed or 0) if dropout_p > 0 else 0,  # else calls of different steps would not be alike
         query_start,
         key_start,
-        row_start,
+        row_start if dropout_p > 0 else 0,
         backend,
     )
     return out
 
 
+@lru_cache(maxsize=1024)
 def _spec(
-    q, k, window, strides, causal, include_self, num_skips, softmax_scale, logit_cap, dropout_p, seed,
-    query_start, key_start, row_start,
+    num_kv_heads, k_len, window, strides, causal, include_self, num_skips, softmax_scale, logit_cap,
+    dropout_p, seed, query_start, key_start, row_start,
 ) -> AttentionSpec:  # fmt: skip
     """The call as the backends want it, from the arguments that a registered operator can have."""
     return AttentionSpec(
-        pattern=PiPattern(window, _one_or_all(tuple(strides)), causal, include_self, num_skips),
-        num_kv_heads=k.shape[2],
-        blocks=(KeyBlock(tuple(range(k.shape[2])), Run(key_start, key_start + k.shape[1])),),
+        pattern=PiPattern(window, _one_or_all(strides), causal, include_self, num_skips),
+        num_kv_heads=num_kv_heads,
+        blocks=(KeyBlock(tuple(range(num_kv_heads)), Run(key_start, key_start + k_len)),),
         softmax_scale=softmax_scale,
         logit_cap=logit_cap,
         dropout_p=dropout_p,
@@ -227,6 +231,10 @@ def _spec(
         query_start=query_start,
         row_start=row_start,
     )
+
+
+def _spec_of(k: torch.Tensor, window: int, strides: list[int], *numbers: Any) -> AttentionSpec:
+    return _spec(k.shape[2], k.shape[1], window, tuple(strides), *numbers)
 
 
 def _one_or_all(strides: tuple[int, ...]) -> int | tuple[int, ...]:
@@ -252,13 +260,13 @@ for _schema in (
 def _forward(q, k, v, gate, q_labels, k_labels, *options):
     *numbers, backend = options
     forward, _ = backend_functions(backend, q)
-    return forward(_spec(q, k, *numbers), q, [k], [v], gate, q_labels, [k_labels])
+    return forward(_spec_of(k, *numbers), q, [k], [v], gate, q_labels, [k_labels])
 
 
 def _backward(q, k, v, gate, q_labels, k_labels, out, lse, dout, *options):
     *numbers, backend = options
     _, backward = backend_functions(backend, q)
-    spec = _spec(q, k, *numbers)
+    spec = _spec_of(k, *numbers)
     dq, dk, dv, dgate = backward(spec, q, [k], [v], gate, q_labels, [k_labels], out, lse, dout)
     dgate = lse.new_empty(0) if gate is None else dgate.to(gate.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgate
@@ -299,3 +307,18 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pi_dist::{_name}", _fake, lib=_library)
 torch.library.register_autograd("pi_dist::pi_attention_fwd", _gradients, setup_context=_save, lib=_library)
+
+
+class _PiAttentionFunction(torch.autograd.Function):
+    """The operator outside of torch.compile: the autograd of a registered one takes 100 µs more a call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = torch.ops.pi_dist.pi_attention_fwd(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        return _gradients(ctx, dout, None)

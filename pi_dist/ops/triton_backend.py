@@ -6,14 +6,16 @@ The keys of a shard and each run of received rows are bands of their own, so not
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
-from typing import Any
+from functools import cached_property, lru_cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime._async_compile import AsyncCompileMode
 
 from pi_dist.kernels import tiles
 from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
@@ -54,6 +56,11 @@ def check_usable(q: torch.Tensor) -> None:
         raise ValueError(f"backend 'triton': 1 <= head_dim ({q.shape[3]}) <= 256 does not hold")
 
 
+def _power_above(value: int) -> int:
+    """The least power of two that is at least so large. Triton's own takes microseconds."""
+    return 1 << (value - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class _Band:
     """Neighbours that one launch looks at: `left` and `right` steps of a query, and `shifts` far skips."""
@@ -87,8 +94,8 @@ def _bands(pattern: PiPattern, strides: tuple[int, ...], span: int, local: bool)
     local: the keys lie at the queries' own positions.
     """
     window = min(pattern.window, span)
-    chain = triton.cdiv(span, min(strides))  # the longest: nothing lies farther than its end
-    skips = min(pattern.num_skips, max(16, triton.next_power_of_2(chain))) if chain > 1 else 0
+    chain = -(-span // min(strides))  # the longest: nothing lies farther than its end
+    skips = min(pattern.num_skips, max(16, _power_above(chain))) if chain > 1 else 0
     far = skips * max(strides)
 
     def band(kind: int, steps: int, shifts: int = 0) -> _Band:
@@ -105,7 +112,6 @@ def _bands(pattern: PiPattern, strides: tuple[int, ...], span: int, local: bool)
     return [band(RING, window), band(SKIP, skips)]
 
 
-@lru_cache(maxsize=1024)
 def _parts(
     pattern: PiPattern,
     blocks_: tuple[KeyBlock, ...],
@@ -146,11 +152,10 @@ def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def _rows(tensor: torch.Tensor | None, like: torch.Tensor) -> Rows:
-    """A [B, T, H, D], [B, T, H] or [B, T] tensor as the kernels take it; None becomes any pointer."""
-    if tensor is None:
-        return Rows(like, 0, 0, 0)
-    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() > 2 else 0)
+def _rows(tensor: torch.Tensor) -> Rows:
+    """A [B, T, H, D], [B, T, H] or [B, T] tensor as the kernels take it."""
+    strides = tensor.stride()
+    return Rows(tensor, strides[0], strides[1], strides[2] if len(strides) > 2 else 0)
 
 
 def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -164,28 +169,44 @@ def _signed(value: int) -> int:
     return low - (1 << 32) if low >> 31 else low
 
 
-def _sum_dtype(q: torch.Tensor, parts: tuple[_Part, ...]) -> torch.dtype:
-    """What launches add to: 16 bits would be rounded as often as there are launches."""
-    return q.dtype if len(parts) <= 2 else torch.float32
+class _Step(NamedTuple):
+    """A launch but for its tensors.
+
+    index: of the block of keys. whole: whether it covers all queries. programs: of a batch row. rest: the
+    arguments that follow the tensors. keywords: of the launch.
+    """
+
+    kernel: str
+    part: _Part
+    index: int
+    whole: bool
+    programs: int
+    rest: tuple[Any, ...]
+    keywords: dict[str, Any]
 
 
 class _Launch:
-    """The arguments that the launches of one call share."""
+    """The launches of calls that are alike: planned once, and then only given their tensors.
+
+    Args:
+        shape: of q. device: of the tensors. token_stride: the most elements between tokens of a tensor.
+    """
 
     def __init__(
         self,
         spec: AttentionSpec,
-        tensors: list[torch.Tensor],
-        gate: torch.Tensor | None,
-        q_labels: torch.Tensor | None,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_gate: bool,
+        has_labels: bool,
+        token_stride: int,
     ) -> None:
-        q = tensors[0]
-        self.spec, self.gate = spec, gate
-        self.num_heads, self.head_dim = q.shape[2:]
+        self.spec, self.device = spec, device
+        self.has_gate, self.has_labels, self.token_stride = has_gate, has_labels, token_stride
+        self.batch, self.q_len, self.num_heads, self.head_dim = shape
         self.share = self.num_heads // spec.num_kv_heads
-        self.element_bytes = q.element_size()
-        strided = [x.stride(1) for x in (*tensors, gate, q_labels) if x is not None]
-        self.token_stride = max(self.num_heads * self.head_dim, *strided)
+        self.element_bytes = dtype.itemsize
         self.dropout = Dropout(
             _signed(spec.seed),
             _signed(spec.seed >> 32),
@@ -195,10 +216,118 @@ class _Launch:
             1 / (1 - spec.dropout_p),
         )
         self.fixed_top = (
-            q.dtype == torch.bfloat16 and spec.logit_cap is not None and spec.logit_cap <= LARGEST_FIXED_TOP
+            dtype == torch.bfloat16 and spec.logit_cap is not None and spec.logit_cap <= LARGEST_FIXED_TOP
         )
-        self.fast_log = q.is_cuda and q.element_size() == 2
-        self.has_labels = q_labels is not None
+        self.fast_log = not INTERPRETED and self.element_bytes == 2
+        self.parts = _parts(
+            spec.pattern, spec.blocks, self.num_heads, spec.num_kv_heads, spec.query_start, self.q_len
+        )
+        # what launches add to: 16 bits would be rounded as often as there are launches
+        self.sum_dtype = dtype if len(self.parts) <= 2 else torch.float32
+
+    @cached_property
+    def forward(self) -> tuple[_Step, ...]:
+        """The launches of a forward call, in order."""
+        steps = []
+        for part in self.parts:
+            sizes, heads = self.block_sizes("fwd", part), len(part.block.heads) * self.share
+            options = self.options(part, sizes, merge=bool(steps), shares=self.share)
+            num_tiles = self.num_tiles(part, sizes.block_m, part.stop - part.start)
+            steps.append(self._step("fwd", part, heads, num_tiles, options, sizes))
+        return tuple(steps)
+
+    @cached_property
+    def backward(self) -> tuple[tuple[_Step, ...], tuple[_Step, ...], frozenset[int]]:
+        """The launches for gradients that travel, those for the rest, and the blocks that no query sees.
+
+        The first part's, of the first block, store what others add to.
+        """
+        touched: set[int] = set()
+        received = [part for part in self.parts if part.block != self.spec.blocks[0]]
+        sent = tuple(step for part in received for step in self._keys_of(part, touched))
+        rest: list[_Step] = []
+        for part in self.parts:
+            fused = self._fused(part) if part not in received else None
+            if fused is not None:
+                touched.add(0)
+                rest.append(fused)
+                continue
+            if part not in received:
+                rest += self._keys_of(part, touched)
+            rest += self._queries_of(part)
+        return sent, tuple(rest), frozenset(range(len(self.spec.blocks))) - touched
+
+    @cached_property
+    def once(self) -> _Step:
+        """The launch that computes what the wide kernels need of queries."""
+        sizes = Blocks(max(16, 4096 // _power_above(self.head_dim)), 16, 4, 1)
+        # the band does not matter: compiled once for all
+        part = replace(self.parts[0], band=_Band(RING, 0, 0), start=0, stop=self.q_len)
+        options = self.options(part, sizes, merge=False, shares=1)
+        num_tiles = -(-self.q_len // sizes.block_m)
+        scalars = (Sizes(self.q_len, self.q_len, self.num_heads, num_tiles, 0), self.scores(part))
+        keywords = {"OPTIONS": options, "num_warps": sizes.num_warps}
+        return _Step("once", part, 0, True, num_tiles * self.num_heads, scalars, keywords)
+
+    def _step(
+        self,
+        kernel: str,
+        part: _Part,
+        heads: int,
+        num_tiles: int,
+        options: Options,
+        sizes: Blocks,
+        first_share: tuple[int, ...] = (),
+    ) -> _Step:
+        run, tables = part.block.run, (part.strides, part.block.heads)
+        scalars = (
+            Sizes(part.stop - part.start, run.stop - run.start, heads, num_tiles, self.shift(part)),
+            self.scores(part),
+            self.dropout_from(part.start),
+        )
+        return _Step(
+            kernel,
+            part,
+            self.spec.blocks.index(part.block),
+            (part.start, part.stop) == (0, self.q_len),
+            num_tiles * heads,
+            (*(_table(values, self.device) for values in tables), *scalars, *first_share),
+            {"OPTIONS": options, **launch_options(sizes)},
+        )
+
+    def _fused(self, part: _Part) -> _Step | None:
+        """The launch for all gradients of a part, if one can be."""
+        if not (part.local and self.alike(part)):
+            return None
+        fused = _fused(self, part)
+        if fused is None:
+            return None
+        merge = part != self.parts[0]
+        part, sizes, owned, walk = fused
+        num_tiles = self.num_tiles(part, owned, self.q_len)
+        options = self.options(
+            part, sizes, merge=merge, shares=self.share, parts=len(self.parts) > 1, walk=walk
+        )
+        return self._step("fused", part, self.spec.num_kv_heads, num_tiles, options, sizes)
+
+    def _keys_of(self, part: _Part, touched: set[int]) -> Iterator[_Step]:
+        """The launches for dk and dv of a part's keys; `touched`: the blocks that have some already."""
+        index, run = self.spec.blocks.index(part.block), part.block.run
+        sizes, heads = self.block_sizes("keys", part), len(part.block.heads)
+        num_tiles = self.num_tiles(part, sizes.block_m, run.stop - run.start)
+        for first_share, shares in self.shares(part):
+            options = self.options(part, sizes, merge=index in touched, shares=shares)
+            touched.add(index)
+            yield self._step("keys", part, heads, num_tiles, options, sizes, (first_share,))
+
+    def _queries_of(self, part: _Part) -> Iterator[_Step]:
+        """The launches for dq and the gate's sums that a part's keys give its queries."""
+        sizes, several = self.block_sizes("queries", part), len(self.parts) > 1
+        num_tiles = self.num_tiles(part, sizes.block_m, part.stop - part.start)
+        for first_share, shares in self.shares(part):
+            heads, merge = len(part.block.heads) * shares, part != self.parts[0]
+            options = self.options(part, sizes, merge=merge, shares=shares, parts=several)
+            yield self._step("queries", part, heads, num_tiles, options, sizes, (first_share,))
 
     def strides_of(self, part: _Part) -> tuple[int, ...]:
         """Strides of the query heads that look at the part's block."""
@@ -249,7 +378,7 @@ class _Launch:
             uniform=len(set(self.strides_of(part))) == 1,
             share=self.share,
             shares=shares,
-            has_gate=self.gate is not None,
+            has_gate=self.has_gate,
             has_labels=self.has_labels,
             has_cap=spec.logit_cap is not None,
             dropout=spec.dropout_p > 0,
@@ -259,7 +388,7 @@ class _Launch:
             fast_log=self.fast_log,
             heads_first=band.kind != SKIP and band.shifts == 0,  # else a head's far rows stay in the L2 cache
             head_dim=self.head_dim,
-            block_d=max(16, triton.next_power_of_2(self.head_dim)),
+            block_d=max(16, _power_above(self.head_dim)),
             block_m=sizes.block_m,
             block_n=sizes.block_n,
             epsilon=GATE_EPSILON,
@@ -274,10 +403,10 @@ class _Launch:
     def num_tiles(self, part: _Part, owned: int, length: int) -> int:
         """Programs a head, each of `owned` slots, for `length` tokens: enough for the head with the most."""
         if part.band.kind != SKIP:
-            return triton.cdiv(length, owned)
+            return -(-length // owned)
         span = part.span(self.spec.query_start)
-        slots = max(min(stride, span) * triton.cdiv(span, stride) for stride in set(self.strides_of(part)))
-        return triton.cdiv(slots, owned)
+        slots = max(min(stride, span) * -(-span // stride) for stride in set(self.strides_of(part)))
+        return -(-slots // owned)
 
     def dropout_from(self, start: int) -> Dropout:
         return self.dropout._replace(query_start=self.spec.query_start + start)
@@ -286,92 +415,130 @@ class _Launch:
         return self.spec.query_start + part.start - part.block.run.start
 
 
+@lru_cache(maxsize=1024)
+def _launch_of(*arguments: Any) -> _Launch:
+    """A `_Launch` with these arguments."""
+    return _Launch(*arguments)
+
+
+def _run(kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
+    """Launch a kernel."""
+    kernel[(programs,)](*arguments, **keywords)
+
+
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Launch on the GPU that holds q, whichever is current."""
 
     @wraps(function)
     def on_its_device(spec, q, *arguments, **keywords):
-        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+            return function(spec, q, *arguments, **keywords)
+        with torch.cuda.device(q.device):
             return function(spec, q, *arguments, **keywords)
 
     return on_its_device
 
 
+class _Tensors:
+    """The tensors of one call by their names in the kernels; an absent one becomes any pointer."""
+
+    def __init__(self, q: torch.Tensor, **others: torch.Tensor | None) -> None:
+        self._all = {"q": q, **others}
+        self._absent = Rows(q, 0, 0, 0)
+        self._rows = {name: self._absent if x is None else _rows(x) for name, x in self._all.items()}
+
+    def add(self, **others: torch.Tensor | None) -> None:
+        """Tensors that come later."""
+        self._all |= others
+        self._rows |= {name: self._absent if x is None else _rows(x) for name, x in others.items()}
+
+    def token_stride(self) -> int:
+        """The most elements between two tokens."""
+        return max(rows.token for rows in self._rows.values())
+
+    def of(self, step: _Step, *names: str) -> list[Rows]:
+        """What belongs to the queries of a step."""
+        if step.whole:
+            return [self._rows[name] for name in names]
+        seen, view = (self._all[name] for name in names), slice(step.part.start, step.part.stop)
+        return [self._absent if x is None else _rows(x[:, view]) for x in seen]
+
+
+def _launch_for(
+    spec: AttentionSpec, q: torch.Tensor, gate: torch.Tensor | None, labels: torch.Tensor | None, stride: int
+) -> _Launch:
+    """What is planned for a call; `stride`: the most elements between two tokens."""
+    stride = max(stride, q.shape[2] * q.shape[3])
+    return _launch_of(spec, q.shape, q.dtype, q.device, gate is not None, labels is not None, stride)
+
+
 @_on_its_device
 def pi_attention_fwd(
-    spec, q, keys, values, gate, q_labels, k_labels, arrive=nothing_arrives
+    spec, q, keys, values, gate, q_labels, k_labels, arrive=nothing_arrives, run=_run
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `pi_dist.ops.reference.pi_attention_fwd`; lse is fp32. The first block holds all heads.
 
     Waits for the other blocks after the launches that need none of them.
     """
-    batch, q_len, num_heads, _ = q.shape
-    parts = _parts(spec.pattern, spec.blocks, num_heads, spec.num_kv_heads, spec.query_start, q_len)
-    out = torch.empty(q.shape, dtype=_sum_dtype(q, parts), device=q.device)
-    lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
     q, keys, values = _dense_rows(q), [_dense_rows(keys[0])], [_dense_rows(values[0])]
     gate = None if gate is None else gate.float()
-    launch = _Launch(spec, [q, *keys, *values], gate, q_labels)
-    for number, part in enumerate(parts):
-        index = spec.blocks.index(part.block)
-        if index and len(keys) == 1:
-            for tensors, others in zip((keys, values), arrive(), strict=True):
-                tensors += others
-        k, v, labels = keys[index], values[index], k_labels[index]
-        view = slice(part.start, part.stop)
-        length = part.stop - part.start
-        sizes = launch.block_sizes("fwd", part)
-        num_tiles = launch.num_tiles(part, sizes.block_m, length)
-        heads = len(part.block.heads) * launch.share
-        _pi_attention_fwd_kernel[(num_tiles * heads * batch,)](
-            _rows(q[:, view], q),
-            _rows(k, q),
-            _rows(v, q),
-            _rows(None if gate is None else gate[:, view], q),
-            _rows(None if q_labels is None else q_labels[:, view], q),
-            _rows(labels, q),
-            _rows(out[:, view], q),
-            _rows(lse[:, view], q),
-            _table(part.strides, q.device),
-            _table(part.block.heads, q.device),
-            Sizes(length, k.shape[1], heads, num_tiles, launch.shift(part)),
-            launch.scores(part),
-            launch.dropout_from(part.start),
-            OPTIONS=launch.options(part, sizes, merge=number > 0, shares=launch.share),
-            **launch_options(sizes),
-        )
+    tensors = _Tensors(q, gate=gate, q_labels=q_labels)
+    pairs = [(_rows(keys[0]), _rows(values[0]))]
+    stride = max(tensors.token_stride(), *(rows.token for rows in pairs[0]))
+    launch = _launch_for(spec, q, gate, q_labels, stride)
+    batch, q_len, num_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=launch.sum_dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
+    tensors.add(out=out, lse=lse)
+    absent = Rows(q, 0, 0, 0)
+    for step in launch.forward:
+        if step.index and len(pairs) == 1:
+            pairs += [(_rows(k), _rows(v)) for k, v in zip(*arrive(), strict=True)]
+        labels = k_labels[step.index]
+        mine, of_gate, my_labels, *results = tensors.of(step, "q", "gate", "q_labels", "out", "lse")
+        run(
+            _pi_attention_fwd_kernel, step.programs * batch, mine, *pairs[step.index], of_gate, my_labels,
+            absent if labels is None else _rows(labels), *results, *step.rest, **step.keywords,
+        )  # fmt: skip
     return out.to(q.dtype), lse
 
 
 @_on_its_device
 def pi_attention_bwd(
-    spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout, send_back=nothing_to_send
+    spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout, send_back=nothing_to_send, run=_run
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As `pi_dist.ops.reference.pi_attention_bwd`, but for the dtype of gradients.
 
     Those of q and of the first block are in q's, those of other blocks, which travel to their owners, fp32.
     They are computed before the rest, so as to travel meanwhile.
     """
-    call = _Backward(spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout)
-    received = [part for part in call.parts if part.block != spec.blocks[0]]
-    for part in received:
-        call.keys_of(part)
-    send_back(*call.gradients_of_received())
-    for part in call.parts:
-        if part in received:
-            call.queries_of(part)
-        elif not call.fused(part):
-            call.keys_of(part)
-            call.queries_of(part)
+    call = _Backward(spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout, run)
+    sent, rest, unseen = call.launch.backward
+    for step in sent:
+        call.run(step)
+    for index in unseen:
+        call.dkeys[index].zero_()
+        call.dvalues[index].zero_()
+    send_back(call.dkeys[1:], call.dvalues[1:])
+    for step in rest:
+        call.run(step)
     return call.dq.to(q.dtype), call.dkeys[0], call.dvalues[0], call.gradient_of_gate()
 
 
 class _Backward:
-    """The launches of one backward call. The first part's, of the first block, store what others add to."""
+    """The tensors of one backward call, and its launches."""
 
-    def __init__(self, spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout) -> None:
-        gate = None if gate is None else gate.float()
-        self.dgate = None if gate is None else torch.empty_like(gate)  # laid out as the gate
+    def __init__(self, spec, q, keys, values, gate, q_labels, k_labels, out, lse, dout, run) -> None:
+        q, gate = _dense_rows(q), None if gate is None else gate.float()
+        self._run, self.batch, self.absent = run, q.shape[0], Rows(q, 0, 0, 0)
+        self.tensors = _Tensors(q, dout=_dense_rows(dout), gate=gate, q_labels=q_labels)
+        self.pairs = [
+            (_rows(_dense_rows(k)), _rows(_dense_rows(v))) for k, v in zip(keys, values, strict=True)
+        ]
+        self.k_labels = [self.absent if labels is None else _rows(labels) for labels in k_labels]
+        strides = (rows.token for pair in self.pairs for rows in pair)
+        stride = max(self.tensors.token_stride(), *strides)
+        self.launch = _launch_for(spec, q, gate, q_labels, stride)
         self.dkeys, self.dvalues = (
             [
                 torch.empty(x.shape, dtype=torch.float32 if index else q.dtype, device=q.device)
@@ -379,121 +546,71 @@ class _Backward:
             ]
             for tensors in (keys, values)
         )
-        self.spec, self.gate, self.out, self.lse = spec, gate, out, lse
-        self.q, self.dout = _dense_rows(q), _dense_rows(dout)
-        self.keys, self.values = [_dense_rows(k) for k in keys], [_dense_rows(v) for v in values]
-        self.q_labels, self.k_labels = q_labels, k_labels
-        self.launch = _Launch(spec, [self.q, self.dout, *self.keys, *self.values], gate, q_labels)
-        self.parts = _parts(
-            spec.pattern, spec.blocks, q.shape[2], spec.num_kv_heads, spec.query_start, q.shape[1]
+        self.dq = torch.empty(q.shape, dtype=self.launch.sum_dtype, device=q.device)
+        # laid out as the gate; where several launches make it, in three summands
+        self.apart = gate is not None and len(self.launch.parts) > 1
+        self.dgate = None if gate is None else torch.empty_like(gate)
+        self.weight, self.residual = (
+            torch.empty_like(self.dgate) if self.apart else self.dgate for _ in range(2)
         )
-        self.several = len(self.parts) > 1
-        self.dq = torch.empty(q.shape, dtype=_sum_dtype(q, self.parts), device=q.device)
-        apart = self.several and gate is not None
-        self.weight, self.residual = (torch.empty_like(self.dgate) if apart else self.dgate for _ in range(2))
-        self.touched: set[int] = set()  # blocks
-        self._once: list[torch.Tensor | None] = []
-
-    def once(self, part: _Part) -> list[torch.Tensor | None]:
-        """delta, log2 α and log2(1-α) of all queries, [B, T, H]; the two are None without a gate."""
-        if not self._once:
-            self._once = _queries_once(self.launch, part, self.out, self.dout)
-        return self._once
-
-    def fused(self, part: _Part) -> bool:
-        """Compute all gradients of a part in one launch, if that can be."""
-        q, launch, batch = self.q, self.launch, self.q.shape[0]
-        fused = _fused(launch, part, batch) if part.local and launch.alike(part) else None
-        if fused is None:
-            return False
-        merge = part != self.parts[0]
-        part, sizes, owned, walk = fused
-        k, v, dk, dv = (x[0] for x in (self.keys, self.values, self.dkeys, self.dvalues))
-        num_tiles, kv_heads = launch.num_tiles(part, owned, q.shape[1]), k.shape[2]
-        _fused_kernel[(num_tiles * kv_heads * batch,)](
-            _rows(q, q), _rows(k, q), _rows(v, q), _rows(self.gate, q), _rows(self.q_labels, q),
-            _rows(self.k_labels[0], q), _rows(self.out, q), _rows(self.lse, q), _rows(self.dout, q),
-            _table(part.strides, q.device), _rows(self.dq, q), _rows(dk, q), _rows(dv, q),
-            _rows(self.dgate, q), _rows(self.weight, q), _rows(self.residual, q),
-            Sizes(q.shape[1], q.shape[1], kv_heads, num_tiles, 0), launch.scores(part),
-            launch.dropout_from(0),
-            OPTIONS=launch.options(
-                part, sizes, merge=merge, shares=launch.share, parts=self.several, walk=walk
-            ),
-            **launch_options(sizes),
-        )  # fmt: skip
-        self.touched.add(0)
-        return True
-
-    def keys_of(self, part: _Part) -> None:
-        """dk and dv that a part's queries give its keys."""
-        index, launch = self.spec.blocks.index(part.block), self.launch
-        sizes, dk, dv = launch.block_sizes("keys", part), self.dkeys[index], self.dvalues[index]
-        length, k_len, kv_heads = part.stop - part.start, dk.shape[1], len(part.block.heads)
-        num_tiles = launch.num_tiles(part, sizes.block_m, k_len)
-        logs = [self._seen(x, part) for x in self.once(part)[1:]]
-        for first_share, shares in launch.shares(part):
-            _keys_kernel[(num_tiles * kv_heads * self.q.shape[0],)](
-                *self._common(part, index), *logs, _rows(dk, self.q), _rows(dv, self.q),
-                Sizes(length, k_len, kv_heads, num_tiles, launch.shift(part)), launch.scores(part),
-                launch.dropout_from(part.start), first_share,
-                OPTIONS=launch.options(part, sizes, merge=index in self.touched, shares=shares),
-                **launch_options(sizes),
-            )  # fmt: skip
-            self.touched.add(index)
-
-    def queries_of(self, part: _Part) -> None:
-        """dq and the gate's sums that a part's keys give its queries."""
-        index, launch, q = self.spec.blocks.index(part.block), self.launch, self.q
-        sizes = launch.block_sizes("queries", part)
-        length, k_len, kv_heads = (
-            part.stop - part.start,
-            self.keys[index].shape[1],
-            len(part.block.heads),
+        self.tensors.add(
+            out=out, lse=lse, dq=self.dq, dgate=self.dgate, weight=self.weight, residual=self.residual
         )
-        num_tiles = launch.num_tiles(part, sizes.block_m, length)
-        of_gate = [self._seen(x, part) for x in (self.dgate, self.weight, self.residual)]
-        merge = part != self.parts[0]
-        for first_share, shares in launch.shares(part):
-            _queries_kernel[(num_tiles * kv_heads * shares * q.shape[0],)](
-                *self._common(part, index), self._seen(self.gate, part), self._seen(self.dq, part), *of_gate,
-                Sizes(length, k_len, kv_heads * shares, num_tiles, launch.shift(part)), launch.scores(part),
-                launch.dropout_from(part.start), first_share,
-                OPTIONS=launch.options(part, sizes, merge=merge, shares=shares, parts=self.several),
-                **launch_options(sizes),
-            )  # fmt: skip
+        self._has_once = False
 
-    def _seen(self, tensor: torch.Tensor | None, part: _Part) -> Rows:
-        """What belongs to the queries of a part."""
-        return _rows(None if tensor is None else tensor[:, part.start : part.stop], self.q)
+    def once(self) -> None:
+        """Compute delta, and of a gate log2 α and log2(1-α), of all queries: [B, T, H] fp32, heads apart."""
+        if self._has_once:
+            return
+        self._has_once = True
+        launch = self.launch
+        shape = (3 if launch.has_gate else 1, self.batch, launch.num_heads, launch.q_len)
+        of_queries = torch.empty(shape, dtype=torch.float32, device=launch.device).transpose(2, 3).unbind()
+        names = ("delta", "log_ring", "log_skip")
+        self.tensors.add(**dict.fromkeys(names) | dict(zip(names, of_queries, strict=False)))
+        step = launch.once
+        tensors = self.tensors.of(step, "out", "dout", "gate", *names)
+        self._run(_queries_once_kernel, step.programs * self.batch, *tensors, *step.rest, **step.keywords)
 
-    def _common(self, part: _Part, index: int) -> list[Rows | torch.Tensor]:
-        """What the two kernels of a wide band read."""
-        of_queries = (self.q, self.q_labels, self.once(part)[0], self.lse, self.dout)
-        mine, labels, delta, lse, dout = (self._seen(x, part) for x in of_queries)
-        k, v, k_labels = (_rows(x[index], self.q) for x in (self.keys, self.values, self.k_labels))
-        tables = (_table(part.strides, self.q.device), _table(part.block.heads, self.q.device))
-        return [mine, k, v, labels, k_labels, delta, lse, dout, *tables]
-
-    def gradients_of_received(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """dk and dv of every block but the first; zeros where no query looks at one."""
-        for index in set(range(1, len(self.keys))) - self.touched:
-            self.dkeys[index].zero_()
-            self.dvalues[index].zero_()
-        return self.dkeys[1:], self.dvalues[1:]
+    def run(self, step: _Step) -> None:
+        """Launch a step."""
+        index, seen = step.index, self.tensors.of
+        pair, k_labels = self.pairs[index], self.k_labels[index]
+        match step.kernel:
+            case "fused":
+                kernel = _fused_kernel
+                mine, *others = seen(step, "q", "gate", "q_labels")
+                of_queries = seen(step, "out", "lse", "dout", "dq")
+                own = [_rows(self.dkeys[0]), _rows(self.dvalues[0])]
+                tensors = [mine, *pair, *others, k_labels, *of_queries, *own]
+                tensors += seen(step, "dgate", "weight", "residual")
+            case "keys":
+                kernel = _keys_kernel
+                self.once()
+                mine, labels, *others = seen(
+                    step, "q", "q_labels", "delta", "lse", "dout", "log_ring", "log_skip"
+                )
+                own = [_rows(self.dkeys[index]), _rows(self.dvalues[index])]
+                tensors = [mine, *pair, labels, k_labels, *others, *own]
+            case "queries":
+                kernel = _queries_kernel
+                self.once()
+                mine, labels, *others = seen(
+                    step, "q", "q_labels", "delta", "lse", "dout", "gate", "dq", "dgate", "weight", "residual"
+                )
+                tensors = [mine, *pair, labels, k_labels, *others]
+        self._run(kernel, step.programs * self.batch, *tensors, *step.rest, **step.keywords)
 
     def gradient_of_gate(self) -> torch.Tensor | None:
         """dα, put together if several launches made it, see `store_gate`."""
-        if not self.several or self.dgate is None:
-            return self.dgate
-        return (1 - 2 * GATE_EPSILON) * torch.addcmul(self.dgate, self.residual, self.weight, value=-1)
+        return self.dgate.addcmul_(self.residual, self.weight, value=-1) if self.apart else self.dgate
 
 
-def _fused(launch: _Launch, part: _Part, batch: int) -> tuple[_Part, Blocks, int, bool] | None:
+def _fused(launch: _Launch, part: _Part) -> tuple[_Part, Blocks, int, bool] | None:
     """A fused backward's part, tile sizes, tokens a program, and whether it walks; None if it is too wide."""
     band = part.band
-    left, right = (triton.cdiv(steps, 16) * 16 for steps in (band.left, band.right))
-    row_bytes = triton.next_power_of_2(launch.head_dim) * launch.element_bytes
+    left, right = (-(-steps // 16) * 16 for steps in (band.left, band.right))
+    row_bytes = _power_above(launch.head_dim) * launch.element_bytes
     if left + right <= NARROW and row_bytes <= NARROW_BYTES:
         # margins of whole 16 steps: one kernel for windows from 1 to 16, and aligned tiles
         part = replace(part, band=replace(band, left=left, right=right))
@@ -502,33 +619,67 @@ def _fused(launch: _Launch, part: _Part, batch: int) -> tuple[_Part, Blocks, int
     walks = (band.shifts, right, launch.share) == (0, 0, 1) and left <= WALKED
     if walks and row_bytes <= WALKED_BYTES:
         sizes = launch.block_sizes("walk", part)
-        owned, rows = sizes.block_n, batch * launch.num_heads
-        while owned > 4 * sizes.block_m and triton.cdiv(part.stop - part.start, owned) * rows < FEW_WALKS:
+        owned, rows = sizes.block_n, launch.batch * launch.num_heads
+        while owned > 4 * sizes.block_m and -(-launch.q_len // owned) * rows < FEW_WALKS:
             owned //= 2
         part = replace(part, band=replace(band, left=WALKED))
         return part, replace(sizes, block_n=owned), owned, True
     return None
 
 
-def _queries_once(
-    launch: _Launch, part: _Part, out: torch.Tensor, dout: torch.Tensor
-) -> list[torch.Tensor | None]:
-    """Σ out·dout over D times the softmax scale, log2 α and log2(1-α), [B, T, H] fp32, heads apart."""
-    batch, length, num_heads, head_dim = out.shape
-    delta, ring, skip = (
-        torch.empty((batch, num_heads, length), dtype=torch.float32, device=out.device).transpose(1, 2)
-        if index == 0 or launch.gate is not None
-        else None
-        for index in range(3)
-    )
-    sizes = Blocks(max(16, 4096 // triton.next_power_of_2(head_dim)), 16, 4, 1)
-    any_band = replace(part, band=_Band(RING, 0, 0))  # the band does not matter: compiled once for all
-    num_tiles = triton.cdiv(length, sizes.block_m)
-    _queries_once_kernel[(num_tiles * num_heads * batch,)](
-        *(_rows(x, out) for x in (out, dout, launch.gate, delta, ring, skip)),
-        Sizes(length, length, num_heads, num_tiles, 0),
-        launch.scores(part),
-        OPTIONS=launch.options(any_band, sizes, merge=False, shares=1),
-        num_warps=4,
-    )
-    return [delta, ring, skip]
+@dataclass(frozen=True)
+class Call:
+    """What a call of the operator is, but for the values of its tensors.
+
+    Attributes:
+        batch, q_len, num_heads, head_dim: of q [B, T, H, D].
+        gated, labelled: whether there are a gate and labels of documents.
+    """
+
+    spec: AttentionSpec
+    batch: int
+    q_len: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    gated: bool
+    labelled: bool
+
+    def launch(self, run: Callable[..., None]) -> None:
+        """Give the launches to `run`, with tensors that have no memory, laid out as the model's."""
+
+        def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def labels(length: int) -> torch.Tensor | None:
+            return meta(self.batch, length, dtype=torch.int32) if self.labelled else None
+
+        q = meta(self.batch, self.q_len, self.num_heads, self.head_dim)
+        lengths = [block.run.stop - block.run.start for block in self.spec.blocks]
+        heads = [len(block.heads) for block in self.spec.blocks]
+        keys = [
+            meta(self.batch, length, count, self.head_dim)
+            for length, count in zip(lengths, heads, strict=True)
+        ]
+        of_queries = meta(self.batch, self.num_heads, self.q_len, dtype=torch.float32).transpose(1, 2)
+        rest = (of_queries if self.gated else None, labels(self.q_len), [labels(n) for n in lengths])
+        pi_attention_fwd(self.spec, q, keys[:1], keys[:1], *rest, lambda: (keys[1:], keys[1:]), run=run)
+        pi_attention_bwd(self.spec, q, keys, keys, *rest, q, of_queries, q, run=run)
+
+
+def compile_kernels(calls: Iterable[Call]) -> int:
+    """Compile for the current GPU, side by side in threads, what calls need, forward and backward.
+
+    The kernels land in Triton's caches, in memory and on disk; those that are in memory already cost nothing.
+
+    Returns:
+        How many were compiled or read from disk.
+    """
+
+    def compile_only(kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
+        kernel.warmup(*arguments, grid=(programs,), **keywords)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
+        for call in calls:
+            call.launch(compile_only)
+        return len(mode.raw_futures)

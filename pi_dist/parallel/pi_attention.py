@@ -110,9 +110,9 @@ def sequence_parallel_pi_attention(
         softmax_scale=q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
         logit_cap=logit_cap,
         dropout_p=dropout_p,
-        seed=seed or 0,
+        seed=(seed or 0) if dropout_p > 0 else 0,  # else calls of different steps would not be alike
         query_start=plan.shard.start,
-        row_start=row_start,
+        row_start=row_start if dropout_p > 0 else 0,
     )
     return _SequenceParallelPiAttention.apply(
         q, k, v, gate, labels, spec, plan, group, overlap, kept, backend_functions(backend, q)
@@ -203,6 +203,7 @@ class _Piece:
         spec: AttentionSpec,
         shard: Run,
     ) -> None:
-        self.spec = replace(spec, row_start=spec.row_start + rows.start)
+        later = rows.start if spec.dropout_p > 0 else 0
+        self.spec = replace(spec, row_start=spec.row_start + later) if later else spec
         gate, labels = (None if x is None else x[rows] for x in (gate, labels))
         self.options = gate, *_labels(labels, shard, spec)
