@@ -564,6 +564,42 @@ def test_the_interior_is_worked_on_while_rows_travel():
     assert all(own or name == "_queries_kernel" for name, own in backward[sent + 1 :])
 
 
+@pytest.mark.parametrize("pattern", [PiPattern(4, 16), PiPattern(36, 7, num_skips=5)], ids=str)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_compiled_ahead_is_what_a_call_launches(pattern, rank):
+    """The same kernels with the same options and types of arguments, though no tensor has memory."""
+    (q, k, v, gate), dout = draw_inputs(25, 2, 240, None, 2, 2, 16)
+    plan = make_plan(pattern, 2, 2, 240, 3, rank)
+    spec = AttentionSpec(pattern, 2, plan.blocks, 0.25, 20.0, 0.0, 0, plan.shard.start, 0)
+    keys, values = ([x[:, slice(*block.run)].contiguous() for block in plan.blocks] for x in (k, v))
+    mine = slice(*plan.shard)
+    labels = [torch.zeros(2, x.shape[1], dtype=torch.int32, device=DEVICE) for x in keys]
+    by_head = gate[:, mine].transpose(1, 2).contiguous().transpose(1, 2)
+    tensors = (q[:, mine].contiguous(), keys, values, by_head, labels[0], labels)
+    out, lse, dout = torch.empty_like(tensors[0]), torch.empty_like(by_head), dout[:, mine].contiguous()
+
+    def noted(launch):
+        """The launches, tensors by their dtypes and strides."""
+        launches = []
+
+        def run(kernel, programs, *arguments, **keywords):
+            kinds = [(x.ptr.dtype, x[1:]) if isinstance(x, Rows) else x for x in arguments]
+            launches.append((kernel, programs, [x for x in kinds if not torch.is_tensor(x)], keywords))
+
+        launch(run)
+        return launches
+
+    def real(run):
+        q, keys, values, *rest = tensors
+        triton_backend.pi_attention_fwd(
+            spec, q, keys[:1], values[:1], *rest, lambda: (keys[1:], values[1:]), run=run
+        )
+        triton_backend.pi_attention_bwd(spec, q, keys, values, *rest, out, lse, dout, run=run)
+
+    call = triton_backend.Call(spec, 2, 80, 2, 16, torch.float32, gated=True, labelled=True)
+    assert noted(real) == noted(call.launch) != []
+
+
 def test_gradients_of_received_rows_are_fp32_for_fp16_inputs():
     inputs, dout = draw_inputs(9, 1, 18, None, 2, 2, dtype=torch.float16)
     options = {"logit_cap": 20.0, "dropout_p": 0.0, "seed": 0, "row_start": 0}

@@ -23,6 +23,7 @@ from pi_dist.ops.dropout import derive_seed
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training import checkpoint as checkpoints
+from pi_dist.training.compile_ahead import compile_ahead
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, make_loader
 from pi_dist.training.kept_memory import KeptPlan, memory_of_ranks, plan_kept_rows
@@ -137,6 +138,9 @@ def train(config: Config) -> tuple[Config, Outcome]:
     engine = Engine(model, config, mesh)
     if found is not None:
         checkpoints.load(engine, found)
+    compiled = compile_ahead(config, model.patterns, mesh)
+    if compiled is not None:
+        notes.append(compiled)
     loader = make_loader(index, config, mesh)
     heldout_loader = None if heldout_index is None else make_loader(heldout_index, config, mesh)
     metrics = None
