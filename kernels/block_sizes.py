@@ -12,6 +12,7 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("block_sizes.json")
 KERNELS = ("fwd", "keys", "queries", "narrow", "walk")
 KINDS = ("ring", "near", "far", "skip")  # window; near skips in its band; far ones beside it; skips alone
+FP32_WARPS = 16
 BANDS = (16, 32, 64, 512)  # steps; a wider band uses the last
 
 
@@ -53,7 +54,10 @@ def key(kernel: str, kind: str, band: int, head_dim: int) -> str:
 
 @lru_cache(maxsize=1024)
 def blocks(kernel: str, kind: str, band: int, head_dim: int, element_bytes: int) -> Blocks:
-    """Tile sizes for 16-bit elements as measured, and smaller ones for fp32, which needs twice the room."""
+    """Tile sizes for 16-bit elements as measured, and smaller ones for fp32, which needs twice the room.
+
+    fp32 products are unrolled over a thread's elements: many warps make a third of the code to compile.
+    """
     if head_dim > 128:
         entry = Blocks(64, 64 if kernel == "narrow" else 32, 8, 1)
     else:
@@ -62,8 +66,8 @@ def blocks(kernel: str, kind: str, band: int, head_dim: int, element_bytes: int)
         return entry
     small = 64 if head_dim <= 64 else 32
     if kernel in ("narrow", "walk"):  # a tile of 64 holds the widest band
-        return Blocks(64, entry.block_n, 8, 1)
-    return Blocks(small, 32, 4, 1, entry.halo if head_dim <= 64 else 0)
+        return Blocks(64, entry.block_n, FP32_WARPS, 1)
+    return Blocks(small, 32, FP32_WARPS, 1, entry.halo if head_dim <= 64 else 0)
 
 
 def save(entries: dict[str, Blocks], path: str | Path = TABLE) -> None:

@@ -151,7 +151,7 @@ def _keys_kernel(
         q_part, dout_part = of(q, batch, this), of(dout, batch, this)
         lse_part, delta_part = of(lse, batch, this), of(delta, batch, this)
         ring_part, skip_part = of(log_ring, batch, this), of(log_skip, batch, this)
-        for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
+        for stretch in tl.static_range(1 if OPTIONS.one_stretch else 3):
             for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
                 t = block + tl.arange(0, OPTIONS.block_n)
                 those = sure(tokens(first, start, t, order, sizes.q_len, OPTIONS), stretch == FULL_STRETCH)
@@ -210,7 +210,7 @@ def _queries_kernel(
     sums = no_sums(OPTIONS)
     first = order.low + sizes.shift  # the key in slot 0
     limits = band_limits(start, first, sizes.k_len, order, OPTIONS.left, OPTIONS.right, OPTIONS)
-    for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
+    for stretch in tl.static_range(1 if OPTIONS.one_stretch else 3):
         for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
             u = block + tl.arange(0, OPTIONS.block_n)
             keys = sure(tokens(first, start, u, order, sizes.k_len, OPTIONS), stretch == FULL_STRETCH)

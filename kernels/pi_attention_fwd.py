@@ -9,7 +9,6 @@ from pi_dist.kernels.tiles import (
     FULL_STRETCH,
     LOG2E,
     NOWHERE,
-    SKIP,
     along_rows,
     band_limits,
     clamped,
@@ -187,7 +186,7 @@ def _block(
         limits = band_limits(
             start, order.low + sizes.shift, sizes.k_len, order, OPTIONS.left, OPTIONS.right, OPTIONS
         )
-        for stretch in tl.static_range(1 if OPTIONS.kind == SKIP else 3):
+        for stretch in tl.static_range(1 if OPTIONS.one_stretch else 3):
             for block in range(limits[stretch], limits[stretch + 1], OPTIONS.block_n):
                 full: tl.constexpr = stretch == FULL_STRETCH
                 keys = _load_keys(k, v, k_labels, sizes, order, start, block, OPTIONS.block_n, full, OPTIONS)

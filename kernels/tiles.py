@@ -69,6 +69,7 @@ class Options(NamedTuple):
         halo: of a narrow band, the width of the tiles beside the diagonal one; 0 loops over tiles of block_n.
         long_steps: a tile's tokens lie farther apart than 32 bits count elements.
         walk: see `pi_attention_bwd_fused`.
+        one_stretch: see `band_limits`.
         shifts: skips that are not in the band and are done row by row (KIND RING).
         share: query heads of a key/value head. shares: how many of them this launch covers.
         merge: continue from the out and lse (or add to the gradients) of an earlier launch.
@@ -82,6 +83,7 @@ class Options(NamedTuple):
     right: int
     halo: int
     walk: bool
+    one_stretch: bool
     long_steps: bool
     shifts: int
     causal: bool
@@ -487,7 +489,7 @@ def band_limits(
     """(low, full_start, full_stop, high): slots, from `start`, of the other side that block_m tokens look at.
 
     They look at [low, high), in three stretches; tiles of block_n in the middle one, [full_start, full_stop),
-    need no mask. With KIND SKIP there is only the first.
+    need no mask. With `one_stretch`, as of KIND SKIP, there is only the first: a third of the code.
     BEFORE and AFTER: the band's steps on the two sides; `first`, `length`: slot 0 and tokens of the other
     side.
     """
@@ -498,6 +500,8 @@ def band_limits(
     else:
         low = tl.maximum(_clamped(-start - first), -BEFORE)
         high = tl.minimum(_clamped(length - start - first), OPTIONS.block_m + AFTER)
+        if OPTIONS.one_stretch:
+            return low, high, high, high
         near = OPTIONS.block_m - 1 - BEFORE
         far = 1 + AFTER
         if OPTIONS.kind == BOTH:

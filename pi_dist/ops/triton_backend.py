@@ -370,6 +370,8 @@ class _Launch:
             right=band.right,
             halo=sizes.halo,
             walk=walk,
+            # fp32 is not for speed, and its products are unrolled: less to compile
+            one_stretch=band.kind == SKIP or self.element_bytes == 4,
             long_steps=tokens * self.token_stride >= 2**31,
             shifts=band.shifts,
             causal=pattern.causal,
