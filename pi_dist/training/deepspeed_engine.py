@@ -7,8 +7,9 @@ stage. A sequence in chunks is as many accumulation steps.
 
 DeepSpeed would wait for the device in every step: to time it, to look for overflow, to clip. So its timer
 and, in bf16, its checks are off, and AdamW clips, and skips an update that is not finite, on the device
-(`guard_update`). In fp32 and in ZeRO 3 DeepSpeed looks at the norm all the same, and makes no update of one
-that is not finite.
+(`guard_update`). Its norm takes launches for every parameter, and three waits, so it is computed here
+(`_NORMS`). In fp32 and in ZeRO 3 DeepSpeed looks at the norm all the same, and makes no update of one that is
+not finite.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pi_dist.config import Config, accumulation_steps, num_chunks
@@ -63,6 +66,43 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING and "Setting accelerator to CPU" not in record.getMessage()
 
 
+def _square_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Σ x² over all elements, fp64, in a few launches for any number of tensors."""
+    norms = torch._foreach_norm(list(tensors), 2.0, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
+
+
+@torch.no_grad()
+def _step_of_bf16(outer: Any) -> None:
+    """`BF16_Optimizer.step` (ZeRO 1 in bf16) but for its norm of each parameter and its look at the result.
+
+    Every rank holds the whole gradient, summed, in one tensor a group.
+    """
+    outer._global_grad_norm = _square_sum(outer.fp32_groups_gradients_flat).sqrt().float()
+    masters, gradients = outer.fp32_groups_flat_partition, outer.fp32_groups_gradient_flat_partition
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
+    outer.optimizer.step()
+    outer._lazy_init_hp_params_optimizer_state()
+    outer.update_lp_params()
+    outer.clear_hp_grads()
+
+
+@torch.no_grad()
+def _norm_of_partitions(outer: Any) -> torch.Tensor:
+    """`scaled_global_norm` of other ZeRO 1 and 2: a rank has the summed gradients of its part."""
+    total = _square_sum(g for group in outer.averaged_gradients.values() for g in group)
+    dist.all_reduce(total, group=outer.dp_process_group)
+    return total.sqrt().float()
+
+
+# by the class of DeepSpeed's optimizer: which of its methods is replaced, and by what
+_NORMS = {
+    "BF16_Optimizer": ("step", _step_of_bf16),
+    "DeepSpeedZeroOptimizer": ("scaled_global_norm", _norm_of_partitions),
+}
+
+
 class Engine:
     """A model under DeepSpeed ZeRO: backward, step, and its full fp32 state by parameter name.
 
@@ -95,11 +135,16 @@ class Engine:
                 dist_init_required=False,
             )
         self._loss: torch.Tensor | None = None
+        self._replaced, method = _NORMS.get(type(self.engine.optimizer).__name__, (None, None))
+        if self._replaced is not None:
+            setattr(self.engine.optimizer, self._replaced, partial(method, self.engine.optimizer))
         inner = self.engine.optimizer if self._is_plain() else self.engine.optimizer.optimizer
         inner.register_step_pre_hook(self._guard)
 
     def close(self) -> None:
         """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""
+        if self._replaced is not None:
+            delattr(self.engine.optimizer, self._replaced)
         self.engine.destroy()
 
     def eval(self) -> None:
