@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pi_dist.ops.pattern import HeadGroup, PiPattern
@@ -102,10 +102,18 @@ class Message:
     peer: int
     rows: tuple[Rows, ...]
 
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Rows for each head group."""
+        return tuple(count_rows(rows) for rows in self.rows)
+
     def elements(self, batch: int, head_dim: int, groups: tuple[HeadGroup, ...]) -> int:
         per_row = 2 * batch * head_dim
-        heads = (len(group.kv_heads) for group in groups)
-        return sum(per_row * count_rows(rows) * h for rows, h in zip(self.rows, heads, strict=True))
+        return sum(
+            per_row * count * len(group.kv_heads)
+            for count, group in zip(self.counts, groups, strict=True)
+            if count
+        )
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,14 @@ def columns_of(heads: tuple[int, ...], device: torch.device) -> slice | torch.Te
 def add_rows(
     target: torch.Tensor, lies: Run, run: Run, heads: tuple[int, ...], gradient: torch.Tensor
 ) -> None:
-    """Add a [B, rows, heads, D] gradient, in its own dtype, to these heads of positions of `target`."""
+    """Add a [B, rows, heads, D] gradient to these heads of positions of `target`.
+
+    The sum is rounded once, from the wider of the two dtypes: one launch.
+    """
     rows, columns = rows_at(target, lies, run), columns_of(heads, target.device)
-    rows[:, :, columns] = (rows[:, :, columns] + gradient).to(target.dtype)
+    theirs = rows[:, :, columns].add_(gradient)
+    if not isinstance(columns, slice):  # then they are a copy
+        rows[:, :, columns] = theirs
 
 
 @lru_cache(maxsize=1024)

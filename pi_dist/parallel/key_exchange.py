@@ -138,8 +138,11 @@ def _travel(
         skip_sends, skip_receives = skip_receives, skip_sends
 
     def flat(messages: tuple[Message, ...]) -> torch.Tensor:
+        parts = [part for message in messages if any(message.rows) for part in pack(message)]
+        if batch == 1 and len({part.shape[2] for part in parts}) == 1:  # one launch for all
+            return torch.cat(parts, dim=1).flatten()
         whole, start = like.new_empty(sum(counts(messages))), 0
-        for part in (part for message in messages for part in pack(message)):
+        for part in parts:
             whole[start : start + part.numel()].view(part.shape).copy_(part)
             start += part.numel()
         return whole
@@ -160,7 +163,8 @@ def _travel(
         sizes = counts(skip_receives)
         arrived, work = all_to_all(flat(skip_sends), counts(skip_sends), sizes, group)
         pending.append(work)
-        received += zip(skip_receives, arrived.split(sizes), strict=True)
+        whole = zip(skip_receives, arrived.split(sizes), strict=True)
+        received += [(message, part) for message, part in whole if any(message.rows)]
 
     def wait() -> list[tuple[Message, torch.Tensor]]:
         while pending:
