@@ -879,3 +879,23 @@ def test_what_is_not_a_number_stays_so(pattern, logit_cap):
             assert (ours <= plain).all()
         else:
             assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("heads", [4, 32])
+def test_heads_that_share_keys_and_differ_in_stride_round_their_sum_once(heads):
+    """16 bits: at most half again of the error of plain PyTorch, which adds up in fp32."""
+    pattern = PiPattern(4, tuple(range(3, 3 + heads)), num_skips=7)
+    inputs, dout = draw_inputs(3, q_len=96, heads=heads, kv_heads=1, head_dim=16, dtype=torch.float16)
+    exact = results(pi_attention_oracle, inputs, dout, pattern, torch.float64)
+    plain = results(pi_attention_oracle, inputs, dout, pattern)
+    found = results(triton_attention, inputs, dout, pattern)
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        error, eager = ((x.double() - right).norm() / right.norm() for x in (ours, theirs))
+        assert error <= 1.5 * eager + 1e-6
+
+
+def test_keys_that_no_query_sees_have_no_gradient():
+    """Not even one, of no queries: 0, not what was in memory."""
+    inputs, dout = draw_inputs(0, q_len=0, k_len=5)
+    _, _, dk, dv, _ = results(triton_attention, inputs, dout, PiPattern(3, 5))
+    assert not dk.any() and not dv.any()

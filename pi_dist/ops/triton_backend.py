@@ -222,8 +222,12 @@ class _Launch:
         self.parts = _parts(
             spec.pattern, spec.blocks, self.num_heads, spec.num_kv_heads, spec.query_start, self.q_len
         )
-        # what launches add to: 16 bits would be rounded as often as there are launches
-        self.sum_dtype = dtype if len(self.parts) <= 2 else torch.float32
+        self.dtype = dtype
+        self.sum_dtype = self._dtype_of_sum(len(self.parts))  # of out and dq
+
+    def _dtype_of_sum(self, launches: int) -> torch.dtype:
+        """What so many launches add to: 16 bits would be rounded as often."""
+        return self.dtype if launches <= 2 else torch.float32
 
     @cached_property
     def forward(self) -> tuple[_Step, ...]:
@@ -256,6 +260,13 @@ class _Launch:
                 rest += self._keys_of(part, touched)
             rest += self._queries_of(part)
         return sent, tuple(rest), frozenset(range(len(self.spec.blocks))) - touched
+
+    @cached_property
+    def keys_dtype(self) -> torch.dtype:
+        """Of the first block's dk and dv, which many heads with a stride each may share."""
+        return self._dtype_of_sum(
+            sum(step.index == 0 and step.kernel != "queries" for step in self.backward[1])
+        )
 
     @cached_property
     def once(self) -> _Step:
@@ -524,7 +535,8 @@ def pi_attention_bwd(
     send_back(call.dkeys[1:], call.dvalues[1:])
     for step in rest:
         call.run(step)
-    return call.dq.to(q.dtype), call.dkeys[0], call.dvalues[0], call.gradient_of_gate()
+    dq, dk, dv = (x.to(q.dtype) for x in (call.dq, call.dkeys[0], call.dvalues[0]))
+    return dq, dk, dv, call.gradient_of_gate()
 
 
 class _Backward:
@@ -543,7 +555,9 @@ class _Backward:
         self.launch = _launch_for(spec, q, gate, q_labels, stride)
         self.dkeys, self.dvalues = (
             [
-                torch.empty(x.shape, dtype=torch.float32 if index else q.dtype, device=q.device)
+                torch.empty(
+                    x.shape, dtype=torch.float32 if index else self.launch.keys_dtype, device=q.device
+                )
                 for index, x in enumerate(tensors)
             ]
             for tensors in (keys, values)
