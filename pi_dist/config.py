@@ -144,8 +144,9 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU per local rank over NCCL where there are any, else the CPU over gloo."""
     timeout_s: float = 600.0
-    """Seconds after which a step that makes no progress ends the run with status 74: the rank that hangs is
-    named, and the stacks of all ranks are in run_dir/stacks. Collectives fail half a minute later."""
+    """Seconds after which a step that makes no progress, or a rank without a sign of life, ends the run with
+    status 74: the rank that hangs is named, and the stacks of all ranks are in run_dir/stacks. Collectives
+    fail half a minute later."""
 
 
 @dataclass(frozen=True)

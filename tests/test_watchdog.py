@@ -143,7 +143,7 @@ def train_with_a_slow_loader(config):
             yield batches
 
     SequenceLoader.iterate = slow
-    Metrics.say = lambda self, text: said.append(text)
+    Metrics.say = staticmethod(said.append)
     train(config)
     return said
 

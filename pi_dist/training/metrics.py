@@ -70,7 +70,8 @@ class Metrics:
         self._writer.add_scalar("heldout/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f} nats/token")
 
-    def say(self, text: str) -> None:
+    @staticmethod
+    def say(text: str) -> None:
         """A line above the bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()

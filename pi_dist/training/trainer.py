@@ -115,6 +115,15 @@ def train(config: Config) -> tuple[Config, Outcome]:
     data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
     _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions())
     mesh = make_mesh(config.parallel.sp_degree, device)
+    say = Metrics.say if mesh.rank == 0 else None
+    with Watchdog(Path(config.run_dir) / "stacks", config.parallel.timeout_s, say) as watch:
+        return config, _train(config, mesh, watch, index, heldout_index)
+
+
+def _train(
+    config: Config, mesh: Mesh, watch: Watchdog, index: ShardIndex, heldout_index: ShardIndex | None
+) -> Outcome:
+    """`train`, once all ranks see each other and agree."""
     kept = None
     if config.training.chunk_tokens is not None:
         kept = plan_kept_rows(config, memory_of_ranks(mesh))
@@ -133,7 +142,7 @@ def train(config: Config) -> tuple[Config, Outcome]:
         notes += [f"changed {text}" for text in checkpoints.check_resumable(found, config, index.fingerprint)]
     first = 0 if found is None else found.step
 
-    model = PiTransformer.of_run(config, device.type)
+    model = PiTransformer.of_run(config, mesh.device.type)
     num_parameters = model.num_parameters()
     engine = Engine(model, config, mesh)
     if found is not None:
@@ -152,13 +161,9 @@ def train(config: Config) -> tuple[Config, Outcome]:
             metrics.say(note)
         if found is not None:
             metrics.say(f"resuming at step {found.step} from {found.path}")
-    stacks, say = Path(config.run_dir) / "stacks", None if metrics is None else metrics.say
+    run = _Run(config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, kept)
     try:
-        with Watchdog(stacks, config.parallel.timeout_s, say) as watch:
-            run = _Run(
-                config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, kept
-            )
-            return config, run.loop(first, found)
+        return run.loop(first, found)
     finally:
         if metrics is not None:
             metrics.close()

@@ -1,8 +1,10 @@
 """Ends a run that hangs: stacks of every rank in a file, the rank that does not move by name, exit status 74.
+When a rank fails, the others, whose collectives then fail too, name it last.
 
 A thread of every rank writes a beat into the store of the process group: which section of which step its main
 thread is in. If the main thread stays in a section for too long, the thread reads everybody's beats twice:
 ranks whose beat stands still are stopped or cut off, and ranks in an earlier section keep the others waiting.
+Outside of sections (at the start, while evaluating or saving) any time may pass, but not without beats.
 Where rank 0 itself hosts the store and is the one that is stopped, the store does not answer, which says it.
 """
 
@@ -24,18 +26,23 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from pi_dist.config import ConfigError
+from pi_dist.config import ConfigError, UserError
 
 HUNG = 74  # EX_IOERR
 SECTIONS = ("data", "forward and backward", "update")  # of a step, in order
 LONGEST_INTERVAL_S = 5.0  # between beats
 COLLECTIVES_LATER_S = 30.0  # a collective's own time-out, which knows no names, comes so much later
+LAST_WORD_S = (
+    3.0  # ranks that fail after another leave so much later: launchers report the end they see first
+)
 
 Beat = dict[str, Any]
 
 
 class Watchdog:
-    """Watches this rank's training steps; a context manager. Every rank of the default group makes one.
+    """Watches this rank's training; a context manager. Every rank of the default group makes one.
+
+    An error of a rank that left it after another's is given a note: which rank failed first, and how.
 
     Args:
         directory: where the stacks go, `rank_N.txt` each, if it comes to that.
@@ -47,10 +54,10 @@ class Watchdog:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._path = Path(directory) / f"rank_{self._rank}.txt"
         self._timeout_s, self._say = timeout_s, say
-        self._interval = min(LONGEST_INTERVAL_S, timeout_s / 8)
+        self.interval_s = min(LONGEST_INTERVAL_S, timeout_s / 8)
         self._step, self._section, self._since = 0, None, time.monotonic()
         self._count, self._armed, self._told = 0, 0.0, (0, None)
-        self._patience_s = max(2.0, self._interval)
+        self._patience_s = max(2.0, self.interval_s)
         self._asking = threading.Thread()  # the last question to the store
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -70,16 +77,33 @@ class Watchdog:
         return dist.PrefixStore(f"watchdog {name[0]}", store)
 
     def __enter__(self) -> Watchdog:
-        self._beat()
+        self.beat()
         dist.barrier()  # everybody's first beat is there
         self._processes = [beat["process"] for beat in self._beats()]
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
-        self._thread.join(timeout=10 * self._interval)
+        self._thread.join(timeout=10 * self.interval_s)
+        if isinstance(error, Exception):
+            first = self._failed_before(error)
+            if first is not None and not isinstance(error, UserError):  # whose own words suffice
+                error.add_note(first)
+                time.sleep(LAST_WORD_S)
+
+    def _failed_before(self, error: Exception) -> str | None:
+        """Which rank failed before this error of this one, and how; None: this one is the first."""
+        mine = f"rank {self._rank}: {type(error).__name__}: {_first_line(error)}"
+        dead = [rank for rank, process in enumerate(self._processes) if _has_ended(process)]
+        if dead:
+            mine = f"rank {dead[0]}: its process {self._processes[dead[0]][0]} has ended"
+        try:
+            first = self._asked(lambda: self._store.compare_set("error", "", mine)).decode()
+        except RuntimeError:
+            first = "rank 0, which may have hosted the store of the process group: no answer"
+        return f"the first to fail was {first}" if dead or first != mine else None
 
     def at(self, step: int, section: str | None) -> None:
         """The main thread enters a section of SECTIONS in optimizer step `step`; None: what may take long."""
@@ -91,7 +115,8 @@ class Watchdog:
             self._armed = self._since
             faulthandler.dump_traceback_later(2 * self._timeout_s + 60, exit=True)
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Tell the others where this rank is."""
         self._count += 1
         beat = {
             "count": self._count,
@@ -128,16 +153,16 @@ class Watchdog:
         return value
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._ended.wait(self.interval_s):
             since = self._since
-            late = self._section is not None and time.monotonic() - since > self._timeout_s
+            late = time.monotonic() - since > self._timeout_s
             try:
-                self._beat()
+                self.beat()
                 if self._say is not None and not late:
                     self._tell_of_slow_ranks(self._beats())
                 if late:
                     silent, lines = self._standing_still()
-                    if self._since == since:  # else it went on after all
+                    if self._since == since and (silent or self._section is not None):  # else it goes on
                         self._end(silent, lines)
             except RuntimeError as error:
                 if late:
@@ -154,7 +179,7 @@ class Watchdog:
         behind = [
             rank
             for rank, (beat, place) in enumerate(zip(beats, places, strict=True))
-            if place < first and min(waited, beat["seconds"]) > 3 * self._interval  # beats differ in age
+            if place < first and min(waited, beat["seconds"]) > 3 * self.interval_s  # beats differ in age
         ]
         if behind and self._told != (behind, beats[behind[0]]["step"]):
             self._told = (behind, beats[behind[0]]["step"])
@@ -164,13 +189,13 @@ class Watchdog:
         """(processes without a beat for a while, what this rank is to say of all)."""
         before = self._beats()
         for _ in range(3):
-            time.sleep(self._interval)
-            self._beat()
+            time.sleep(self.interval_s)
+            self.beat()
         after = self._beats()
         silent = [r for r in range(self._size) if before[r]["count"] == after[r]["count"]]
         gone = [after[r]["process"] for r in silent]
         moving = [r for r in range(self._size) if r not in silent]
-        late = [r for r in moving if after[r]["section"] and after[r]["seconds"] > self._timeout_s]
+        late = [r for r in moving if after[r]["seconds"] > self._timeout_s]
         if late and self._rank != late[0]:
             return gone, []  # that one speaks
         lines = [f"rank {r}: no sign of life; last seen {_place(after[r])}" for r in silent]
@@ -199,10 +224,17 @@ class Watchdog:
 def _process(pid: int) -> list[Any]:
     """What no other process has: its id, host, name space of ids, and start; if it is gone, the id alone."""
     try:
-        started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-        return [pid, socket.gethostname(), os.readlink("/proc/self/ns/pid"), started]
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return [pid]
+    if state[0] in "ZX":
+        return [pid]
+    return [pid, socket.gethostname(), os.readlink("/proc/self/ns/pid"), state[19]]
+
+
+def _has_ended(process: list[Any]) -> bool:
+    """Whether a process of this host has ended; False for those of other hosts."""
+    return process[1:3] == _process(os.getpid())[1:3] and _process(process[0]) != process
 
 
 def _place(beat: Beat) -> str:
