@@ -15,6 +15,8 @@
 #   NNODES        may be MIN:MAX: training goes on with MIN nodes when others are lost, and takes them in again
 # MAX_RESTARTS (default 0): after a failure all ranks are started again, from the last checkpoint, so many times.
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank.
+# What each rank says on stderr is also in a file of its own, in logs/ of the run's directory (with a terminal: but for
+# rank 0, which draws its bar there). At the end of a failed run torchrun shows the error of the rank that failed first.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
@@ -24,16 +26,29 @@ if (($# < 2)) || [[ ! "$1" =~ ^([1-9][0-9]*|gpu)$ ]]; then
 fi
 nproc="$1" config="$2"
 shift 2
+python="$root/.venv/bin/python"
+
+fail() {
+    printf 'launch/torchrun.sh: %s\n' "$*" >&2
+    exit 2
+}
 
 where=(--standalone)
 if [[ "${NNODES:-1}" != 1 ]]; then
     which="${RDZV_ID:+RDZV_ID}"
     for name in "${which:-NODE_RANK}" MASTER_ADDR MASTER_PORT; do
         if [[ -z "${!name:-}" ]]; then
-            echo "launch/torchrun.sh: NNODES is $NNODES, so $name must be set (see the top of this file)" >&2
-            exit 2
+            fail "NNODES is $NNODES, so $name must be set (see the top of this file)"
         fi
     done
+    address="$({ getent ahostsv4 "$MASTER_ADDR" || true; } | awk 'NR == 1 { print $1 }')"
+    [[ -n "$address" ]] || fail "MASTER_ADDR: the name $MASTER_ADDR resolves to no address"
+    if [[ "$address" == 127.* && "$MASTER_ADDR" != 127.* ]]; then
+        fail "MASTER_ADDR: $MASTER_ADDR resolves to $address, which other nodes cannot reach; see /etc/hosts"
+    fi
+    if [[ -z "$which" && "$NODE_RANK" == 0 ]] && (: <"/dev/tcp/$address/$MASTER_PORT") 2>/dev/null; then
+        fail "MASTER_PORT: port $MASTER_PORT of $MASTER_ADDR is taken"
+    fi
     if [[ -n "$which" ]]; then
         where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
     else
@@ -44,16 +59,24 @@ fi
 bash "$root/launch/install.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks="$nproc"
-if [[ "$nproc" == gpu ]]; then ranks="$("$root/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')"; fi
+if [[ "$nproc" == gpu ]]; then ranks="$("$python" -c 'import torch; print(torch.cuda.device_count())')"; fi
 # a bad configuration or bad data are refused here, in one line, before any rank starts
 for nodes in $(tr : '\n' <<<"${NNODES:-1}"); do
-    "$root/.venv/bin/python" -m pi_dist train --check $((ranks * nodes)) --config "$config" "$@"
+    "$python" -m pi_dist train --check $((ranks * nodes)) --config "$config" "$@"
 done
+run_dir="$("$python" -c 'import sys
+from pi_dist.cli import run_directory
+print(run_directory(sys.argv[1:]))' --config "$config" "$@")"
+tee=2 # stderr
+if [[ -t 2 ]]; then tee="$(seq 1 $((ranks - 1)) | sed 's/$/:2/' | paste -sd ,)"; fi
+if [[ -n "$tee" ]]; then logs=(--log-dir "$run_dir/logs" --tee "$tee"); else logs=(); fi
+# shellcheck disable=SC2016 # expanded by torchrun
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
 # a signal to the launcher reaches the ranks, which save at the next step boundary; they have ten minutes for it
 # (30 seconds with torch 2.11, which does not know the variable)
 signals=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 # a store of their own for each start of the ranks: a shared one still holds the addresses of those that died
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec "$root/.venv/bin/python" -m torch.distributed.run "${where[@]}" "${signals[@]}" --nproc-per-node "$nproc" \
-    --max-restarts "${MAX_RESTARTS:-0}" -m pi_dist train --config "$config" "$@"
+exec "$python" -m torch.distributed.run "${where[@]}" "${signals[@]}" ${logs[@]+"${logs[@]}"} \
+    --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" -m pi_dist train --config "$config" "$@"

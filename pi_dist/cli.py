@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
+import traceback
 import warnings
 from argparse import ArgumentError
 from types import ModuleType
@@ -26,6 +30,7 @@ from pi_dist.commands import (
 )
 from pi_dist.config import UserError
 
+FAILED = 1
 BAD_INPUT = 2
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -70,8 +75,21 @@ def main(argv: list[str] | None = None) -> None:
         status = command.run(parser.parse_args(argv[1:]))
     except (ArgumentError, UserError, OSError) as error:
         print(f"pi-dist {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
+        _tell_launcher(_one_line(error))
         status = BAD_INPUT
+    except Exception as error:
+        traceback.print_exc()
+        _tell_launcher("".join(traceback.format_exception_only(error)).strip())
+        status = FAILED
     _leave(status)
+
+
+def _tell_launcher(text: str) -> None:
+    """Let torchrun, which has the last word, say what happened rather than the exit status alone."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            text = f"rank {os.environ['RANK']}: {text}"
+            json.dump({"message": text, "timestamp": int(time.time())}, file, ensure_ascii=False)
 
 
 def _leave(status: int) -> None:

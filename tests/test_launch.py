@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -100,6 +101,58 @@ def test_deepspeeds_launcher_with_a_hostfile(launch, expected, tmp_path):
 def test_torchrun_with_static_rendezvous(launch, expected, tmp_path):
     finish(launch("torchrun.sh", 1, *nodes(NNODES="2")), tmp_path)
     assert losses(tmp_path / "run") == expected
+
+
+def test_the_first_error_of_four_ranks_is_the_last_thing_said(launch, tmp_path):
+    """Rank 2 raises in its second step; the collectives of the others fail then, and they say why."""
+    (tmp_path / "sitecustomize.py").write_text(BREAKS_IN_RANK_2)
+    (process,) = launch("torchrun.sh", 4, {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert process.wait(timeout=150) == 1
+    log = (tmp_path / "log-0").read_text()
+    end = log[log.rindex("Root Cause") :]
+    assert "rank      : 2 " in end and "traceback : rank 2: KeyError: 'injected'" in end, log
+    files = {int(path.parent.name): path for path in (tmp_path / "run" / "logs").rglob("stderr.log")}
+    assert files.keys() == {0, 1, 2, 3} and "KeyError: 'injected'" in files[2].read_text()
+    said = [path.read_text() for rank, path in files.items() if rank != 2]
+    assert all("Traceback" not in text or "the first to fail was rank 2: KeyError" in text for text in said)
+
+
+BREAKS_IN_RANK_2 = """
+import os, sys, threading, time
+
+def break_it():
+    while not hasattr(sys.modules.get("pi_dist.training.trainer"), "_Run"):
+        time.sleep(0.01)
+    run = sys.modules["pi_dist.training.trainer"]._Run
+    step = run._step
+
+    def broken(self, number, *others):
+        if number == 1:
+            raise KeyError("injected")
+        return step(self, number, *others)
+
+    run._step = broken
+
+if os.environ.get("RANK") == "2":
+    threading.Thread(target=break_it, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("unheard-of.invalid", "the name unheard-of.invalid resolves to no address"),
+        ("localhost", "localhost resolves to 127.0.0.1, which other nodes cannot reach"),
+        ("127.0.0.1", "of 127.0.0.1 is taken"),
+    ],
+)
+def test_a_head_node_that_cannot_be_used_is_an_error_in_seconds(launch, tmp_path, address, named):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        where = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": port}
+        (process,) = launch("torchrun.sh", 1, where)
+        assert process.wait(timeout=30) == 2
+    assert named in (tmp_path / "log-0").read_text()
 
 
 def test_torchrun_with_c10d_rendezvous_starts_again_when_a_rank_is_killed(launch, expected, tmp_path):

@@ -23,6 +23,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_launch import BREAKS_IN_RANK_2
 
 pytestmark = pytest.mark.slurm
 
@@ -239,6 +240,13 @@ def test_a_killed_rank_is_started_again_with_the_others(cluster, undisturbed, su
     assert cluster.ended(job.number, 300) == "COMPLETED", job.log
     assert "resuming at step 10 from" in job.log and "requeued 1 times" not in job.log
     assert_same_training(job.run_dir, undisturbed.run_dir)
+
+
+def test_the_first_error_of_four_ranks_is_the_last_thing_said(cluster, submit, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BREAKS_IN_RANK_2)
+    job = submit("run", "--gpus-per-node=2", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert cluster.ended(job.number, 300) == "FAILED"
+    assert job.log.endswith("\nrank 2: KeyError: 'injected'\n"), job.log
 
 
 def test_requeues_are_bounded_and_state_is_saved(cluster, submit):
