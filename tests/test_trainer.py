@@ -179,6 +179,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(corpus, tm
     assert find_newest(tmp_path) == (None, [])
 
 
+def run_with_a_broken_loss(config):
+    """(error of a run whose loss is not finite on rank 1 in the third step, the sequences read there)."""
+    from pi_dist.training import trainer
+
+    original, step = trainer._Run._step, [0]
+    losses = trainer.streamed_losses
+
+    def broken(engine, mesh, *others):
+        for loss in losses(engine, mesh, *others):
+            yield loss * float("nan") if mesh.rank == 1 and step[0] == 2 else loss
+
+    def noting(self, number, *others):
+        step[0:] = number, self.loader.sequences(number)
+        return original(self, number, *others)
+
+    trainer.streamed_losses, trainer._Run._step = broken, noting
+    return run(config), step[1]
+
+
+@pytest.mark.parametrize(("sp", "stage", "precision"), [(1, 2, "fp32"), (2, 0, "fp32"), (1, 1, "bf16")])
+def test_a_broken_loss_of_one_rank_stops_all_and_names_the_rank_and_its_sequences(
+    corpus, tmp_path, sp, stage, precision
+):
+    config = config_for(corpus, tmp_path, sp=sp, stage=stage, precision=precision, save_every=1)
+    with Ranks(2) as ranks:
+        outcomes = ranks.run(run_with_a_broken_loss, config)
+    sequences = sorted(outcomes[1][1])
+    assert len(set(sequences)) == (2 if sp == 1 else 4)
+    for error, _ in outcomes:
+        assert isinstance(error, TrainingError)
+        assert f"step 3: the loss is nan, on ranks [1], in sequences {sequences};" in str(error)
+    assert find_newest(tmp_path)[0].step == 2
+
+
 def run_with_a_broken_gradient(config):
     """(error of a run whose second step has a finite loss but no finite gradient, whether all is as before).
 
@@ -196,7 +230,8 @@ def run_with_a_broken_gradient(config):
         if loss is not None and number == 0:
             engines.append(self)
             before.extend(state_of(self))
-            self._names["norm.weight"].register_hook(lambda gradient: gradient * float("nan"))
+            if self.mesh.rank == 1:
+                self._names["norm.weight"].register_hook(lambda gradient: gradient * float("nan"))
 
     Engine.step = step
     try:
@@ -215,6 +250,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(corpus, tmp_path, stage, 
         outcomes = ranks.run(run_with_a_broken_gradient, config)
     for error, unchanged in outcomes:
         assert isinstance(error, TrainingError) and "step 2: the gradient norm is" in str(error)
+        assert "with a finite loss on every rank, in sequences [" in str(error)
         assert unchanged
     assert find_newest(tmp_path) == (None, [])
 

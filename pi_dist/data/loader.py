@@ -294,6 +294,11 @@ class SequenceLoader:
             running.clear()
             atexit.unregister(running.clear)
 
+    def sequences(self, step: int) -> list[int]:
+        """The numbers of the sequences, in the plan's order, that this replica reads in an optimizer step."""
+        rows = self._rows(step)
+        return [number for _ in range(self.accumulation_steps) for number in next(rows)]
+
     def evaluate(self) -> Iterator[Batch]:
         """Yield every sequence once, in the plan's order, dealt over the replicas; read in this process.
 

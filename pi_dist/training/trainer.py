@@ -328,10 +328,21 @@ class _Run:
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"step {step + 1}: the {name} is {value}; the update was not made and nothing was saved"
+                    f"step {step + 1}: the {name} is {value}, {self._where(step, total)}; "
+                    "the update was not made and nothing was saved"
                 )
         signals = [number.name for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks]
         return _StepResult(loss, int(tokens), norm, signals[0] if signals else None)
+
+    def _where(self, step: int, loss_sum: torch.Tensor) -> str:
+        """The ranks whose own loss is not finite, all if there is none, and their sequences; collective."""
+        own = (bool(loss_sum.isfinite()), self.loader.sequences(step))
+        gathered: list = [None] * self.mesh.world_size
+        dist.all_gather_object(gathered, own)
+        ranks = [rank for rank, (finite, _) in enumerate(gathered) if not finite]
+        sequences = sorted({number for rank in ranks or range(len(gathered)) for number in gathered[rank][1]})
+        where = f"on ranks {ranks}" if ranks else "with a finite loss on every rank"
+        return f"{where}, in sequences {sequences}"
 
     def _heldout_data(self) -> str | None:
         """Which held-out data the run measures."""
