@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -174,6 +175,8 @@ def _train(
 def _lock(config: Config, mesh: Mesh) -> TextIO | None:
     """Keep a second run out of run_dir: rank 0 holds a lock on a file there as long as this stays open.
 
+    A holder on another host may be cut off. Its watchdog ends it in time, and so long it is waited for.
+
     Raises:
         ConfigError: on every rank, if another process holds it.
     """
@@ -182,8 +185,8 @@ def _lock(config: Config, mesh: Mesh) -> TextIO | None:
         path = Path(config.run_dir) / ".lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            held = path.open("w")
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.open("a+")
+            _acquire(held, config.parallel.timeout_s + COLLECTIVES_LATER_S / 2)
         except BlockingIOError:
             error = [f"run_dir: another process is training in {config.run_dir}"]
         except OSError as failure:
@@ -193,6 +196,31 @@ def _lock(config: Config, mesh: Mesh) -> TextIO | None:
     if error[0] is not None:
         raise ConfigError(error[0])
     return held
+
+
+def _acquire(file: TextIO, patience_s: float) -> None:
+    """Lock a file and write this host's name into it.
+
+    Raises:
+        BlockingIOError: another process of this host has it, or one of another host for so long.
+    """
+    deadline, told = time.monotonic() + patience_s, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            if holder in ("", socket.gethostname()) or time.monotonic() > deadline:
+                raise
+        if not told:
+            told = True
+            Metrics.say(f"{file.name}: a rank holds the lock on {holder}; it has {patience_s:g} s to end")
+        time.sleep(1.0)
+    file.truncate(0)
+    file.write(socket.gethostname())
+    file.flush()
 
 
 def _find_checkpoint(config: Config, mesh: Mesh) -> tuple[checkpoints.Checkpoint | None, list[str]]:
