@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import threading
 
 import pytest
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pi_dist.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from pi_dist.training.checkpoint import directory, find_newest
-from pi_dist.training.trainer import TrainingError, train
+from pi_dist.training.trainer import TrainingError, _acquire, train
 
 
 def config_for(corpus, run_dir, *, sp=2, stage=2, steps=6, **training):
@@ -214,7 +215,7 @@ def test_a_broken_loss_of_one_rank_stops_all_and_names_the_rank_and_its_sequence
 
 
 def run_with_a_broken_gradient(config):
-    """(error of a run whose second step has a finite loss but no finite gradient, whether all is as before).
+    """(error of a run with a finite loss but, on rank 1, no finite gradient in step 2, is all as before).
 
     All: weights and moments of every parameter.
     """
@@ -295,15 +296,64 @@ def test_a_second_run_in_the_same_directory_is_refused(corpus, tmp_path):
     assert all(isinstance(o, ConfigError) and "another process is training" in str(o) for o in outcomes)
 
 
-def run_with_own_seed(config):
-    rank = torch.distributed.get_rank()
-    return run(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=rank)))
+def run_with_a_lock_elsewhere(config):
+    """(outcome, what rank 0 says) of a run whose lock another process, said to be on another host, has."""
+    from pi_dist.training.metrics import Metrics
+
+    said = []
+    Metrics.say = staticmethod(said.append)
+    return run(config), said
 
 
-def test_ranks_with_another_configuration_are_refused(corpus, tmp_path):
+def test_a_lock_of_another_host_is_waited_for_as_its_rank_may_be_cut_off(corpus, tmp_path):
+    with (tmp_path / ".lock").open("w") as held:
+        held.write("elsewhere")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(6.0, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+        with Ranks(2) as ranks:
+            outcomes = ranks.run(run_with_a_lock_elsewhere, config_for(corpus, tmp_path))
+        assert [outcome.step for outcome, _ in outcomes] == [6, 6]
+        assert any(
+            "a rank holds the lock on elsewhere; it has 615 s to end" in text for text in outcomes[0][1]
+        )
+        assert (tmp_path / ".lock").read_text() == socket.gethostname()
+
+
+def test_a_lock_of_another_host_is_not_waited_for_for_ever(tmp_path, capsys):
+    with (tmp_path / ".lock").open("w") as held, (tmp_path / ".lock").open("a+") as wanted:
+        held.write("elsewhere")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            _acquire(wanted, 1.0)
+    assert capsys.readouterr().out.endswith("a rank holds the lock on elsewhere; it has 1 s to end\n")
+
+
+def run_with_own(what, config):
+    """A run in which rank 1 has another seed, other data behind the same path, or another version."""
+    from pi_dist.training import trainer
+
+    if torch.distributed.get_rank() == 1:
+        open_splits = trainer.open_splits
+        if what == "training.seed":
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=6))
+        elif what == "data":
+            trainer.open_splits = lambda data: open_splits(dataclasses.replace(data, train=data.heldout))
+        elif what == "deepspeed":
+            trainer._versions = lambda: {"torch": torch.__version__, "deepspeed": "0"}
+        else:
+            trainer._source = lambda: "0" * 64
+    return run(config)
+
+
+@pytest.mark.parametrize("what", ["training.seed", "data", "deepspeed", "source of pi_dist"])
+def test_a_rank_with_another_configuration_data_or_code_is_refused(corpus, tmp_path, what):
     with Ranks(2) as ranks:
-        outcomes = ranks.run(run_with_own_seed, config_for(corpus, tmp_path))
-    assert all(isinstance(o, ConfigError) and "training.seed: 0 != 1" in str(o) for o in outcomes)
+        outcomes = ranks.run(run_with_own, what, config_for(corpus, tmp_path))
+    for error in outcomes:
+        assert isinstance(error, ConfigError)
+        assert f"rank 0 and rank 1 do not run the same: {what}: " in str(error)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import math
 import signal
 import socket
 import time
 from dataclasses import dataclass
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from pi_dist.config import Config, ConfigError, UserError, check, num_chunks, resolve
 from pi_dist.data.loader import Batch, SequenceLoader
-from pi_dist.data.shards import ShardIndex, open_splits
+from pi_dist.data.shards import ShardIndex, open_splits, sha256_of
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.dropout import derive_seed
@@ -85,6 +87,14 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "deepspeed")}
 
 
+def _source() -> str:
+    """SHA-256 of the Python files of pi_dist on this host, kernels included."""
+    root = Path(__file__).parents[1]
+    paths = sorted(glob("**/*.py", root_dir=root, recursive=True))
+    hashes = [f"{path} {sha256_of(root / path)}" for path in paths]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
 def _check_agreement(facts: dict) -> None:
     """Raise ConfigError on every rank unless all ranks state the same facts."""
     gathered: list = [None] * dist.get_world_size()
@@ -114,7 +124,8 @@ def train(config: Config) -> tuple[Config, Outcome]:
     device = start(config.parallel.device, config.parallel.timeout_s + COLLECTIVES_LATER_S)
     check(config, dist.get_world_size())
     data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
-    _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions())
+    source = {"source of pi_dist": _source()}
+    _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions() | source)
     mesh = make_mesh(config.parallel.sp_degree, device)
     say = Metrics.say if mesh.rank == 0 else None
     with Watchdog(Path(config.run_dir) / "stacks", config.parallel.timeout_s, say) as watch:
