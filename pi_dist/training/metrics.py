@@ -76,6 +76,10 @@ class Metrics:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
+    def flush(self) -> None:
+        """Write all points so far to their file."""
+        self._writer.flush()
+
     def close(self) -> None:
         self._bar.close()
         self._writer.close()

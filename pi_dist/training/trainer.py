@@ -416,6 +416,8 @@ class _Run:
             "versions": _versions(),
         }
         keep = self.config.training.keep_checkpoints
+        if self.metrics is not None:
+            self.metrics.flush()  # what comes before a checkpoint is not made again
         try:
             return checkpoints.save(self.engine, self.config.run_dir, state, self.index.tokenizer_path, keep)
         except checkpoints.CheckpointError as failure:
