@@ -233,6 +233,97 @@ def test_a_lost_node_requeues_the_run(cluster, undisturbed, submit):
     assert local_cluster("up", "--nodes", 4, "--netns", "--dir", cluster.directory).returncode == 0
 
 
+def test_a_head_node_that_is_cut_off_does_not_keep_the_run_from_going_on(cluster, undisturbed, submit):
+    """Its rank 0 lives and holds the lock of the run until its watchdog ends it: others wait for that."""
+    if not cluster.namespaces:
+        pytest.skip("a link that is cut needs root and network namespaces")
+    job = submit("run", overrides=("--parallel.timeout_s=30",))
+    job.reaches("step 15/")
+    head = cluster.on("ctl", "scontrol", "show", "hostnames", cluster.job(job.number)["NodeList"]).split()[0]
+    cluster.on(head, "ip", "link", "set", "eth0", "down")
+    try:
+        until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 120, lambda: job.log)
+        cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+        job.reaches("resuming at step 10 from", 120)
+        assert cluster.ended(job.number, 300) == "COMPLETED", job.log
+    finally:
+        cluster.on(head, "ip", "link", "set", "eth0", "up")
+        assert local_cluster("up", "--nodes", 4, "--netns", "--dir", cluster.directory).returncode == 0
+    assert_same_training(job.run_dir, undisturbed.run_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Torchrun:
+    """launch/torchrun.sh with one rank on a host of the cluster, without SLURM."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def reaches(self, text: str, times: int = 1, timeout_s: float = 120) -> None:
+        until(lambda: self.log.read_text().count(text) >= times, timeout_s, self.log.read_text)
+
+
+@pytest.fixture
+def torchrun(cluster, tmp_path):
+    """`torchrun(host, config)`: started there, to train on one node or two, as many as there are."""
+    if not cluster.namespaces:
+        pytest.skip("a link that is cut needs root and network namespaces")
+    started: list[Torchrun] = []
+    environment = os.environ | {
+        "NNODES": "1:2",
+        "RDZV_ID": "elastic",
+        "MASTER_ADDR": "10.77.0.1",
+        "MASTER_PORT": "29500",
+        "MAX_RESTARTS": "5",
+    }
+
+    def start(host: str, config: Path) -> Torchrun:
+        log = tmp_path / f"{host}-{len(started)}.log"
+        command = [cluster.directory / "on", host, "bash", ROOT / "launch" / "torchrun.sh", "1", config]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        started.append(Torchrun(process, log))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+
+
+def test_without_slurm_a_cut_off_node_is_left_out_and_taken_in_again(cluster, corpus, tmp_path, torchrun):
+    """torchrun's elastic launch on two hosts, with one rank each; the other's link is cut in a step."""
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4},
+        "data": {"train": str(corpus / "train")},
+        "parallel": {"zero_stage": 2, "device": "cpu", "timeout_s": 10},
+        "training": {"context": 128, "batch_size": 4, "steps": 100_000, "save_every": 10, "log_every": 1},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    first, second = torchrun("node1", tmp_path / "c.yaml"), torchrun("node2", tmp_path / "c.yaml")
+    first.reaches("step 15/")
+    assert "2 ranks on cpu" in first.log.read_text()
+    cluster.on("node2", "ip", "link", "set", "eth0", "down")
+    try:
+        began = time.monotonic()
+        first.reaches("1 ranks on cpu")
+        assert time.monotonic() - began < 90
+        first.reaches("resuming at step")
+        assert second.process.wait(timeout=120) != 0, "the cut-off launcher has nothing to go on with"
+    finally:
+        cluster.on("node2", "ip", "link", "set", "eth0", "up")
+    torchrun("node2", tmp_path / "c.yaml")
+    first.reaches("2 ranks on cpu", times=2)
+    first.reaches("resuming at step", times=2)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    text = first.log.read_text()
+    assert "rank 1: no sign of life" in text and "refused" not in text
+
+
 def test_a_killed_rank_is_started_again_with_the_others(cluster, undisturbed, submit):
     job = submit("run")
     job.reaches("step 15/")
