@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import sizes
+from pi_dist.commands.shared import print_or_write, sizes
 from pi_dist.config import ConfigError
 
 UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
@@ -18,10 +18,11 @@ def parser() -> ArgumentParser:
         "blocks: tile sizes of the kernels, written to the table that they are read from. "
         "sp: training steps of every method on the ranks of the launcher "
         "(torchrun --nproc-per-node 2 -m pi_dist bench sp ...), and with one rank their baseline. "
-        "step: a step of each preset on one device, what it is spent on, and how far chunks carry.",
+        "step: a step of each preset on one device, what it is spent on, and how far chunks carry. "
+        "faults: seconds of a checkpoint, of a restart and of the watchdog, on the ranks of the launcher.",
         exit_on_error=False,
     )
-    p.add_argument("what", type=Literal["kernel", "blocks", "sp", "step"], help="what to measure")
+    p.add_argument("what", type=Literal["kernel", "blocks", "sp", "step", "faults"], help="what to measure")
     p.add_argument(
         "--json",
         type=str | None,
@@ -42,13 +43,15 @@ def parser() -> ArgumentParser:
         "--presets",
         type=str | None,
         default=None,
-        help="tiny, small, medium, large, with commas; default: small,medium (sp), and large (step)",
+        help="tiny, small, medium, large, with commas; "
+        "default: small,medium (sp), and large (step), small alone (faults)",
     )
     p.add_argument(
         "--contexts",
         type=str | None,
         default=None,
-        help="tokens of a sequence, over all ranks, with commas; default: 32k to 1M (sp), 8k to 1M (step)",
+        help="tokens of a sequence, over all ranks, with commas; "
+        "default: 32k to 1M (sp), 8k to 1M (step), 8k (faults)",
     )
     p.add_argument(
         "--streamed",
@@ -66,6 +69,9 @@ def parser() -> ArgumentParser:
         "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp, step: as parallel.device"
     )
     p.add_argument(
+        "--directory", type=str, default=".", help="faults: where, on the file system of your checkpoints"
+    )
+    p.add_argument(
         "--trace",
         type=str | None,
         default=None,
@@ -80,12 +86,30 @@ def run(arguments: Namespace) -> int:
 
         tune(arguments.head_dim, arguments.json)
         return 0
+    if arguments.what == "faults":
+        _faults(arguments)
+        return 0
     if arguments.json is None:
         raise ConfigError(
             f"bench {arguments.what}: --json FILE is needed; the record is written there row by row"
         )
     complete = {"kernel": _kernel, "sp": _sp, "step": _step}[arguments.what](arguments)
     return 0 if complete else UNFINISHED_RECORD
+
+
+def _faults(arguments: Namespace) -> None:
+    import torch.distributed as dist
+
+    from pi_dist.measure.fault_bench import describe, measure
+
+    cost = measure(
+        arguments.presets or "small",
+        sizes("contexts", arguments.contexts or "8192")[0],
+        arguments.device,
+        arguments.directory,
+    )
+    if dist.get_rank() == 0:
+        print_or_write(cost, arguments.json, describe(cost))
 
 
 def _kernel(arguments: Namespace) -> bool:
