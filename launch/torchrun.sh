@@ -65,8 +65,8 @@ for nodes in $(tr : '\n' <<<"${NNODES:-1}"); do
     "$python" -m pi_dist train --check $((ranks * nodes)) --config "$config" "$@"
 done
 run_dir="$("$python" -c 'import sys
-from pi_dist.cli import run_directory
-print(run_directory(sys.argv[1:]))' --config "$config" "$@")"
+from pi_dist.commands.train import read_config
+print(read_config(sys.argv[1:]).run_dir)' --config "$config" "$@")"
 tee=2 # stderr
 if [[ -t 2 ]]; then tee="$(seq 1 $((ranks - 1)) | sed 's/$/:2/' | paste -sd ,)"; fi
 if [[ -n "$tee" ]]; then logs=(--log-dir "$run_dir/logs" --tee "$tee"); else logs=(); fi
