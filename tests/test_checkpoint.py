@@ -30,6 +30,7 @@ from pi_dist.training.checkpoint import (
     verify,
 )
 from pi_dist.training.deepspeed_engine import Engine
+from pi_dist.training.metrics import Metrics
 from pi_dist.training.trainer import train
 
 
@@ -130,6 +131,39 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(config):
     found, refused = find_newest(config.run_dir)
     assert found.step == 1 and not refused
     assert [path.name for path in directory(config.run_dir).iterdir()] == ["step-00000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, with room for two checkpoints of `config_for` and not for three."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("a file system that is full needs root and mount")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def train_saying(config):
+    """(error of a run, what rank 0 says)."""
+    said = []
+    Metrics.say = staticmethod(said.append)
+    return resume(config), said
+
+
+def test_training_goes_on_while_the_disk_is_full_and_says_so(corpus, small_disk):
+    """Two checkpoints are kept while the third is written; without that of the last step a run fails."""
+    options = {"steps": 4, "save_every": 1, "eval_every": 0, "keep_checkpoints": 2}
+    with Ranks(2) as ranks:
+        outcomes = ranks.run(train_saying, config_for(corpus, small_disk / "run", **options))
+    assert all("checkpoint of step 4 not written" in error for error, _ in outcomes)
+    warnings = [
+        text for text in outcomes[0][1] if text.startswith("warning: checkpoint of step 3 not written")
+    ]
+    assert len(warnings) == 1 and warnings[0].endswith("training goes on")
+    found, refused = find_newest(small_disk / "run")
+    assert found.step == 2 and not refused
 
 
 SAVE_FOREVER = """
