@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def test_mpirun_trains_as_torchrun_does(corpus, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-def test_sigusr1_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path):
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigusr1_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path, times):
     where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path / 'run'}"]
     command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
     launcher = subprocess.Popen(
@@ -133,11 +135,15 @@ def test_sigusr1_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path):
         for line in launcher.stdout:
             lines.append(line)
             if line.startswith("step 2/"):
-                launcher.send_signal(signal.SIGUSR1)
+                for _ in range(times):
+                    launcher.send_signal(signal.SIGUSR1)
+                    time.sleep(0.02)
         launcher.wait(timeout=120)
     finally:
         launcher.kill()
-    assert any("stopped by SIGUSR1 after step" in line for line in lines), lines
+    # at a second signal torchrun lets go of its patience, and passes SIGTERM on
+    names = ("SIGUSR1",) if times == 1 else ("SIGUSR1", "SIGTERM")
+    assert any(f"stopped by {name} after step" in line for line in lines for name in names), lines
     assert find_newest(tmp_path / "run")[0].step >= 2
 
 

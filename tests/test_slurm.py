@@ -335,7 +335,12 @@ def test_a_killed_rank_is_started_again_with_the_others(cluster, undisturbed, su
 
 def test_the_first_error_of_four_ranks_is_the_last_thing_said(cluster, submit, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BREAKS_IN_RANK_2)
-    job = submit("run", "--gpus-per-node=2", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    job = submit("run", "--gpus-per-node=2", env=environment)
+    cluster.on("ctl", "scancel", job.number)
+    job.script.write_text(job.script.read_text().replace("max_restarts=3", "max_restarts=0"))
+    sbatch = ("sbatch", "--parsable", job.script)
+    job = Submitted(cluster.on("ctl", *sbatch, env=os.environ | environment).strip(), job.run_dir)
     assert cluster.ended(job.number, 300) == "FAILED"
     assert job.log.endswith("\nrank 2: KeyError: 'injected'\n"), job.log
 

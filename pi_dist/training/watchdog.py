@@ -212,8 +212,10 @@ class Watchdog:
                     os.kill(process[0], signal.SIGKILL)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                place = f"{self._section!r} of step {self._step}"
-                print(f"rank {self._rank}, pid {os.getpid()}, in {place}:", file=file, flush=True)
+                place = f"in {self._section!r} of" if self._section else "after"
+                print(
+                    f"rank {self._rank}, pid {os.getpid()}, {place} step {self._step}:", file=file, flush=True
+                )
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             print(f"no stacks of rank {self._rank}: {error}", file=sys.stderr, flush=True)
