@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.runtime._async_compile import AsyncCompileMode
 
 from pi_dist.kernels import tiles
 from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
@@ -694,6 +693,8 @@ def compile_kernels(calls: Iterable[Call]) -> int:
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
         kernel.warmup(*arguments, grid=(programs,), **keywords)
+
+    from triton.runtime._async_compile import AsyncCompileMode  # private: another Triton may not have it
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
         for call in calls:
