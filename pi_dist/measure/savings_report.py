@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from pi_dist.measure.savings import COMPOSED, MEASURED, errors
+from pi_dist.measure.tables import table
 
 _EXPLANATION = {
     MEASURED: "run on this GPU",
@@ -94,19 +95,13 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
         "",
         f"## {first['preset']}, {first['context']:,} tokens, {_budget(first)}",
         "",
-        _line(["method", "GPUs", "reach", "seen", *(f"fewer than {name}" for name in columns)]),
-        _line(["---"] * (4 + len(columns))),
     ]
+    cells = []
     for row in group:
         shares = ["" if other is row else saving(row, other) for other in group]
-        lines.append(
-            _line([label(row), _cell(row), f"{row['reach']:,}", f"{row['covered_share']:.1%}", *shares])
-        )
-    return lines
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        cells.append([label(row), _cell(row), f"{row['reach']:,}", f"{row['covered_share']:.1%}", *shares])
+    head = ["method", "GPUs", "reach", "seen", *(f"fewer than {name}" for name in columns)]
+    return [*lines, table(head, cells)]
 
 
 def _error_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -114,25 +109,23 @@ def _error_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not found:
         return ["Nothing was measured here: every figure is predicted."]
     names = ["preset", "context", "method", "GPUs", "unit", "measured", "how", "predicted", "error"]
-    lines = [_line(names), _line(["---"] * len(names))]
+    lines = []
     for e in found:
         lines.append(
-            _line(
-                [
-                    e["preset"],
-                    f"{e['context']:,}",
-                    label(e),
-                    str(e["gpus"]),
-                    {"mib": "MiB", "ms": "ms"}[e["unit"]],
-                    f"{e['measured']:,.1f}",
-                    e["source"],
-                    f"{e['predicted']:,.1f}",
-                    f"{e['error']:+.1%}",
-                ]
-            )
+            [
+                e["preset"],
+                f"{e['context']:,}",
+                label(e),
+                str(e["gpus"]),
+                {"mib": "MiB", "ms": "ms"}[e["unit"]],
+                f"{e['measured']:,.1f}",
+                e["source"],
+                f"{e['predicted']:,.1f}",
+                f"{e['error']:+.1%}",
+            ]
         )
     worst = max(abs(e["error"]) for e in found)
-    return [*lines, "", f"Largest error: {worst:.1%} of {len(found)} figures."]
+    return [table(names, lines), "", f"Largest error: {worst:.1%} of {len(found)} figures."]
 
 
 def draw(record: dict[str, Any], path: str | os.PathLike) -> None:

@@ -31,7 +31,7 @@ from pi_dist.config import (
 )
 from pi_dist.measure.cost_model import exchanged_bytes
 from pi_dist.measure.record import step_row
-from pi_dist.measure.steps import PAPER, WIDE, Record, Steps, agreed, check_presets, model_of
+from pi_dist.measure.steps import PAPER, WIDE, Record, Steps, agreed, check_presets, model_of, most
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms, kernels_of
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import Mesh, make_mesh
@@ -125,22 +125,16 @@ def measure(
         "fits": True,
     }
     if cuda:
-        row |= {key: _most(row[key], mesh) for key in ("peak_mib", "reserved_mib")}
+        row |= {key: most(row[key], mesh) for key in ("peak_mib", "reserved_mib")}
     for kind, name in (("exchange", "exposed"), ("collective", "zero_exposed")):
-        ms, exposed = (_most(x, mesh) for x in exposed_ms(kernels, kind)) if cuda else (None, None)
+        # causal, the first rank waits for nobody
+        ms, exposed = (most(x, mesh) for x in exposed_ms(kernels, kind)) if cuda else (None, None)
         row |= {
             f"{kind}_ms": ms and round(ms, 3),
             f"{name}_ms": exposed if exposed is None else round(exposed, 3),
         }
     row["exposed_share"] = round(row["exposed_ms"] / row["ms"], 4) if cuda else None
     return row, kernels
-
-
-def _most(value: float, mesh: Mesh) -> float:
-    """The largest of the ranks: causal, the first rank waits for nobody."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=mesh.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | None:

@@ -86,13 +86,18 @@ class Steps:
         began = time.perf_counter()
         self.one()
         self._wait()
-        seconds = torch.tensor(time.perf_counter() - began, device=self.mesh.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return seconds.item()
+        return most(time.perf_counter() - began, self.mesh)
 
     def _wait(self) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def most(value: float, mesh: Mesh) -> float:
+    """The largest of the ranks' values."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
 
 
 def agreed(here: bool) -> bool:

@@ -32,10 +32,11 @@ def markdown_table(record: dict) -> str:
             return f"{value:,.0f}" if value >= 100 else f"{value:.4f}"
         return f"{value:,}"
 
-    return _table([*COLUMNS.values()], [[cell(row[key]) for key in COLUMNS] for row in record["rows"]])
+    return table([*COLUMNS.values()], [[cell(row[key]) for key in COLUMNS] for row in record["rows"]])
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
     rows = (" | ".join(["", *line, ""]).strip() for line in (head, *lines))
     return "\n".join([next(rows), "|---" * len(head) + "|", *rows])
 
@@ -68,7 +69,7 @@ def _times(windows: list[int], columns: dict[str, list[dict]], cell: Callable[[d
         return " / ".join(cell(found[way]) for way in ("forward", "backward"))
 
     lines = [[str(k), *(both(rows, k) for rows in columns.values())] for k in windows]
-    return _table(["k", *columns], lines)
+    return table(["k", *columns], lines)
 
 
 def _sp_table(rows: list[dict]) -> str:
@@ -92,7 +93,7 @@ def _sp_table(rows: list[dict]) -> str:
             exposed = "" if not last or last.get("exposed_share") is None else f"{last['exposed_share']:.1%}"
             where = [*what, f"{tokens:,}", "" if reach is None else f"{reach:,}"]
             lines.append([*where, *cells, weak, exposed])
-    tables = [_table([*head, "weak scaling", "exposed"], lines), _forms_table(rows, ranks[-1])]
+    tables = [table([*head, "weak scaling", "exposed"], lines), _forms_table(rows, ranks[-1])]
     return "\n\n".join(filter(None, tables))
 
 
@@ -109,7 +110,7 @@ def _forms_table(rows: list[dict], num_ranks: int) -> str:
         found = [at.get(((overlap, exchange, batch), n)) for n in contexts]
         cells = [f"{row['ms']:,.1f} ({row['exposed_share'] or 0:.1%})" if row else "" for row in found]
         lines.append([overlap, exchange, str(batch), *cells])
-    return _table([f"{what}, overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)], lines)
+    return table([f"{what}, overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)], lines)
 
 
 def _form(row: dict) -> tuple[str, str, int]:

@@ -691,10 +691,10 @@ def compile_kernels(calls: Iterable[Call]) -> int:
         How many were compiled or read from disk.
     """
 
+    from triton.runtime._async_compile import AsyncCompileMode  # private: another Triton may not have it
+
     def compile_only(kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
         kernel.warmup(*arguments, grid=(programs,), **keywords)
-
-    from triton.runtime._async_compile import AsyncCompileMode  # private: another Triton may not have it
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
         for call in calls:
