@@ -58,17 +58,18 @@ def random_case(seed):
         num_skips=chance.choice([0, 1, 1, 2, 5, 16]),
     )
     length, head_dim = chance.randint(2, 400), (32, 64, 80, 128, 256)[seed % 5]
+    batch = max(2, 800 // length)  # of a few tokens an error says little
     options = {"logit_cap": chance.choice([20.0, 0.5, None])}
     generator = torch.Generator().manual_seed(seed)
     if chance.random() < 0.3:
-        segments = torch.randint(0, 3, (2, length), generator=generator).sort(dim=1).values
+        segments = torch.randint(0, 3, (batch, length), generator=generator).sort(dim=1).values
         options["segment_ids"] = segments.to(DEVICE)
     if chance.random() < 0.3:
-        options["padding_mask"] = (torch.rand(2, length, generator=generator) < 0.7).to(DEVICE)
+        options["padding_mask"] = (torch.rand(batch, length, generator=generator) < 0.7).to(DEVICE)
     if chance.random() < 0.3:
         options |= {"dropout_p": 0.3, "seed": chance.randint(0, 2**63 - 1), "row_start": 2**40}
     gated = chance.random() < 0.7
-    return *draw_inputs(seed, 2, length, heads, kv_heads, head_dim, dtype, gated), pattern, options
+    return *draw_inputs(seed, batch, length, heads, kv_heads, head_dim, dtype, gated), pattern, options
 
 
 @pytest.mark.parametrize("seed", range(24))

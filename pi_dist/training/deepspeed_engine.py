@@ -7,9 +7,10 @@ stage. A sequence in chunks is as many accumulation steps.
 
 DeepSpeed would wait for the device in every step: to time it, to look for overflow, to clip. So its timer
 and, in bf16, its checks are off, and AdamW clips, and skips an update that is not finite, on the device
-(`guard_update`). Its norm takes launches for every parameter, and three waits, so it is computed here
-(`_NORMS`). In fp32 and in ZeRO 3 DeepSpeed looks at the norm all the same, and makes no update of one that is
-not finite.
+(`guard_update`). Its norm takes launches for every parameter, and three waits; its fp32 gradients are
+cleared, added to and copied for the sum over ranks, where one pass would do: both are done here
+(`_REPLACED`). In fp32 and in ZeRO 3 DeepSpeed looks at the norm all the same, and makes no update of one that
+is not finite.
 """
 
 from __future__ import annotations
@@ -89,6 +90,37 @@ def _step_of_bf16(outer: Any) -> None:
 
 
 @torch.no_grad()
+def _add_gradient(outer: Any, parameter: nn.Parameter, group: int, index: int, *_: Any) -> None:
+    """`BF16_Optimizer._update_hp_grad` in one pass: the first gradient of a step replaces what is there."""
+    if parameter.grad is not None:
+        total = outer.fp32_groups_gradients[group][index]
+        is_first = not outer.fp32_groups_has_gradients[group][index]
+        (total.copy_ if is_first else total.add_)(parameter.grad.view_as(total))
+        parameter._hp_grad = total  # where DeepSpeed finds it
+        outer.fp32_groups_has_gradients[group][index] = True
+
+
+def _forget_gradients(outer: Any) -> None:
+    """`BF16_Optimizer.clear_hp_grads`, which leaves it to the next gradients to replace these."""
+    outer.fp32_groups_has_gradients = [[False] * len(group) for group in outer.fp32_groups_has_gradients]
+
+
+@torch.no_grad()
+def _sum_over_ranks(engine: Any, **_: Any) -> None:
+    """`DeepSpeedEngine.buffered_allreduce_fallback` for `BF16_Optimizer`, whose gradients lie end to end."""
+    from deepspeed.utils import groups
+
+    outer, over = engine.optimizer, groups._get_sequence_data_parallel_group()
+    for gradients, has in zip(outer.fp32_groups_gradients, outer.fp32_groups_has_gradients, strict=True):
+        for gradient, has_one in zip(gradients, has, strict=True):
+            if not has_one:
+                gradient.zero_()
+    if (ranks := dist.get_world_size(over)) > 1:
+        for flat in outer.fp32_groups_gradients_flat:
+            engine.allreduce_bucket([flat], over, ranks / float(engine.sequence_parallel_size))
+
+
+@torch.no_grad()
 def _norm_of_partitions(outer: Any) -> torch.Tensor:
     """`scaled_global_norm` of other ZeRO 1 and 2: a rank has the summed gradients of its part."""
     total = _square_sum(g for group in outer.averaged_gradients.values() for g in group)
@@ -96,10 +128,17 @@ def _norm_of_partitions(outer: Any) -> torch.Tensor:
     return total.sqrt().float()
 
 
-# by the class of DeepSpeed's optimizer: which of its methods is replaced, and by what
-_NORMS = {
-    "BF16_Optimizer": ("step", _step_of_bf16),
-    "DeepSpeedZeroOptimizer": ("scaled_global_norm", _norm_of_partitions),
+# by the class of DeepSpeed's optimizer: which of its methods, and of the engine's, are replaced, and by what
+_REPLACED: dict[str, tuple[dict[str, Callable], dict[str, Callable]]] = {
+    "BF16_Optimizer": (
+        {
+            "step": _step_of_bf16,
+            "_update_hp_grad": _add_gradient,
+            "clear_hp_grads": _forget_gradients,
+        },
+        {"buffered_allreduce_fallback": _sum_over_ranks},
+    ),
+    "DeepSpeedZeroOptimizer": ({"scaled_global_norm": _norm_of_partitions}, {}),
 }
 
 
@@ -135,16 +174,18 @@ class Engine:
                 dist_init_required=False,
             )
         self._loss: torch.Tensor | None = None
-        self._replaced, method = _NORMS.get(type(self.engine.optimizer).__name__, (None, None))
-        if self._replaced is not None:
-            setattr(self.engine.optimizer, self._replaced, partial(method, self.engine.optimizer))
+        self._replaced = _REPLACED.get(type(self.engine.optimizer).__name__, ({}, {}))
+        for owner, methods in zip((self.engine.optimizer, self.engine), self._replaced, strict=True):
+            for name, method in methods.items():
+                setattr(owner, name, partial(method, owner))
         inner = self.engine.optimizer if self._is_plain() else self.engine.optimizer.optimizer
         inner.register_step_pre_hook(self._guard)
 
     def close(self) -> None:
         """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""
-        if self._replaced is not None:
-            delattr(self.engine.optimizer, self._replaced)
+        for owner, methods in zip((self.engine.optimizer, self.engine), self._replaced, strict=True):
+            for name in methods:
+                delattr(owner, name)
         self.engine.destroy()
 
     def eval(self) -> None:
