@@ -112,7 +112,7 @@ def handed_gate(monkeypatch, layer, x, table):
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "sequence_parallel_pi_attention", noting)
-        out = layer.out(layer.attend(*layer.project(x, table), SequenceContext()))
+        out = layer.out(layer.attend(layer.projection(x), table, SequenceContext()))
     return handed[0], out
 
 

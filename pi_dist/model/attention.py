@@ -1,4 +1,4 @@
-"""The attention layer: projections, gate, sequence-parallel operator."""
+"""The attention layer: projection, gate, sequence-parallel operator."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from pi_dist.config import ModelConfig
-from pi_dist.model.rotary import rotate
+from pi_dist.model.gate import Gate
+from pi_dist.model.rotary import split_projection
 from pi_dist.ops.dropout import derive_seed
 from pi_dist.ops.pattern import PiPattern
-from pi_dist.ops.spec import accumulate_dtype
 from pi_dist.parallel.kept_keys import KeptKeys
 from pi_dist.parallel.pi_attention import sequence_parallel_pi_attention
 from pi_dist.parallel.ring_attention import ring_attention
@@ -50,45 +49,8 @@ class SequenceContext:
     chunk: int = 0
 
 
-class Gate(nn.Module):
-    """α of eq. (4), one value per token and head, in fp32 or better.
-
-    dynamic: `sigmoid(W2·gelu(W1·u + b1) + b2)` with hidden width d/2; static: one learned value per head.
-    Where u is the query, W1 is `up`; where it is the hidden state, W1 is the last `projected` = d/2 rows of
-    the layer's projection.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, width = config.hidden_size, config.hidden_size // 2
-        self.static = config.gate == "static"
-        self.projected = width if config.gate == "dynamic" and config.gate_input == "hidden" else 0
-        if self.static:
-            self.logit = nn.Parameter(torch.zeros(config.num_heads))
-        else:
-            self.up = None if self.projected else nn.Linear(d, width, bias=False)
-            self.up_bias = nn.Parameter(torch.zeros(width))
-            self.down = nn.Linear(width, config.num_heads)
-
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """u [B, T, d], or W1·u [B, T, d/2] if `projected`, to α [B, T, H]: a view of [B, H, T] if dynamic.
-
-        The pre-activation of the sigmoid stays fp32: bf16 would round α to 1 from 7 on.
-        """
-        if self.static:
-            logit = self.logit.to(accumulate_dtype(self.logit.dtype))
-            return torch.sigmoid(logit).expand(*u.shape[:2], -1)
-        raised = u if self.up is None else self.up(u)
-        hidden = F.gelu(raised + self.up_bias.to(raised.dtype))
-        dtype = accumulate_dtype(hidden.dtype)
-        with torch.autocast(u.device.type, enabled=False):
-            logit = F.linear(hidden.to(dtype), self.down.weight.to(dtype), self.down.bias.to(dtype))
-            # the attention kernels read one head at a time: its tokens side by side
-            return torch.sigmoid(logit.transpose(1, 2).contiguous()).transpose(1, 2)
-
-
 class Attention(nn.Module):
-    """Attention by the layer's method, with rotary positions: `project`, `attend`, then the matrix `out`.
+    """Attention by the layer's method, with rotary positions: `projection`, `attend`, then the matrix `out`.
 
     q, k, v and what the gate has `projected` come from one matrix.
     """
@@ -104,28 +66,24 @@ class Attention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def project(
-        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    def split(
+        self, projected: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """[B, m, d] to (q [B, m, H, D], k, v [B, m, H_kv, D], gate [B, m, H] or None), q and k rotated.
+        """What `projection` gives to (q [B, m, H, D], k, v [B, m, H_kv, D], gate [B, m, H] or None).
 
-        `table` as from `rotary_table` for this shard's positions.
+        q and k are rotated; `table` as from `rotary_table` for this shard's positions.
         """
-        query, key, value, raised = self.projection(x).split(self.sizes, dim=-1)
-        gate = None if self.gate is None else self.gate(raised if self.gate.projected else query)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
-        return rotate(q, table), rotate(k, table), v, gate
+        heads = self.config.num_heads, self.config.kv_heads
+        q, k, v, raised = split_projection(projected, table, *heads)
+        if self.gate is None:
+            return q, k, v, None
+        return q, k, v, self.gate(raised if self.gate.projected else projected[..., : self.sizes[0]])
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gate: torch.Tensor | None,
-        context: SequenceContext,
+        self, projected: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], context: SequenceContext
     ) -> torch.Tensor:
-        """What `project` gives to [B, m, d]: the operator, and the exchange of keys with other ranks."""
-        return self._operator(q, k, v, gate, context).flatten(2)
+        """What `projection` gives to [B, m, d]: the operator, and the exchange of keys with other ranks."""
+        return self._operator(*self.split(projected, table), context).flatten(2)
 
     def _operator(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def rotary_table(
@@ -28,3 +29,45 @@ def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.T
     cos, sin = (part[None, :, None, :] for part in table)  # [1, T, 1, D/2]
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+def split_projection(
+    projected: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], num_heads: int, num_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A fused projection [B, T, (H + 2·H_kv)·D + w] to its parts.
+
+    q [B, T, H, D] and k [B, T, H_kv, D] are rotated; v [B, T, H_kv, D] and the rest [B, T, w] are views. On a
+    GPU by a kernel, whose backward pass writes the gradient of all columns at once.
+    """
+    head_dim = 2 * table[0].shape[1]
+    if projected.is_cuda and projected.dtype != torch.float64:
+        return _SplitProjection.apply(projected, *table, num_heads, num_kv_heads)
+    q, k, v, rest = projected.split(_widths(projected, head_dim, num_heads, num_kv_heads), dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
+    return rotate(q, table), rotate(k, table), v, rest
+
+
+def _widths(projected: torch.Tensor, head_dim: int, num_heads: int, num_kv_heads: int) -> list[int]:
+    widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    return [*widths, projected.shape[-1] - sum(widths)]
+
+
+class _SplitProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected, cos, sin, num_heads, num_kv_heads):
+        from pi_dist.kernels.rotary import turn_heads
+
+        ctx.save_for_backward(cos, sin)
+        head_dim = 2 * cos.shape[1]
+        widths = _widths(projected, head_dim, num_heads, num_kv_heads)
+        turned = turn_heads(projected, cos, sin, num_heads + num_kv_heads)
+        _, _, v, rest = projected.split(widths, dim=-1)
+        q, k = turned.split([num_heads, num_kv_heads], dim=2)
+        return q, k, v.unflatten(-1, (-1, head_dim)), rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv, drest):
+        from pi_dist.kernels.rotary import join_gradients
+
+        return join_gradients(dq, dk, dv, drest, *ctx.saved_tensors), None, None, None, None

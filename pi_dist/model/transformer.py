@@ -1,7 +1,7 @@
 """The π-Transformer: pre-norm blocks of attention and GELU MLP, tied embeddings.
 
-Compiled, a block is two graphs around the attention operator, which stays as it is with its streams and
-collectives. The graphs read no number of a layer, so all layers of a kind share them.
+Compiled, a block is two graphs around the attention operator, which stays as it is with its own kernels,
+streams and collectives. The graphs read no number of a layer, so all layers of a kind share them.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class Block(nn.Module):
         """(x, what the attention operator makes of it)."""
         if not torch.is_grad_enabled():
             x = x.detach()  # one graph for evaluation and for the first pass of a recomputed block
-        return x, self.attention.attend(*pieces.before(self, x, table), context)
+        return x, self.attention.attend(pieces.before(self, x), table, context)
 
 
-def before_attention(block: Block, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]):
+def before_attention(block: Block, x: torch.Tensor) -> torch.Tensor:
     """x [B, m, d] to what `Attention.attend` takes."""
-    return block.attention.project(block.attention_norm(x), table)
+    return block.attention.projection(block.attention_norm(x))
 
 
 def after_attention(block: Block, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
