@@ -10,8 +10,9 @@ import triton.language as tl
 
 from pi_dist.kernels.rotary import rows_of
 
-ROWS = 64  # tokens of a tile
-COLUMNS = 128  # of the hidden layer, looked at together
+# tokens of a tile, columns of the hidden layer that are looked at together, warps
+FORWARD = (64, 128, 4)
+BACKWARD = (16, 64, 4)  # larger tiles do not fit into registers
 PROGRAMS = 264  # that share the tiles of a block of columns: two for each multiprocessor of an H100
 
 
@@ -92,10 +93,11 @@ def _gate_bwd_kernel(
         tl.store(sums + heads * (WIDTH + 1) + WIDTH, ddown_bias)
 
 
-def _sizes(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
+def _sizes(weight: torch.Tensor, tile: tuple[int, int, int]) -> tuple[int, ...]:
+    """WIDTH, NUM_HEADS, HEADS, ROWS and COLUMNS: products have at least 16 columns."""
     num_heads, width = weight.shape
-    heads = max(16, triton.next_power_of_2(num_heads))  # a matrix product has at least 16 columns
-    return width, num_heads, heads, ROWS, min(COLUMNS, max(16, triton.next_power_of_2(width)))
+    heads, columns = (max(16, triton.next_power_of_2(size)) for size in (num_heads, width))
+    return width, num_heads, heads, tile[0], min(tile[1], columns)
 
 
 def gate_forward(
@@ -105,9 +107,10 @@ def gate_forward(
     batch, length, _ = x.shape
     alpha = torch.empty(batch, len(weight), length, dtype=torch.float32, device=x.device)
     rows = rows_of(x)
-    _gate_fwd_kernel[triton.cdiv(len(rows), ROWS),](
-        rows, rows.stride(0), up_bias, weight, down_bias, alpha, length, len(rows), *_sizes(x, weight)
-    )
+    _gate_fwd_kernel[triton.cdiv(len(rows), FORWARD[0]),](
+        rows, rows.stride(0), up_bias, weight, down_bias, alpha, length, len(rows),
+        *_sizes(weight, FORWARD), num_warps=FORWARD[2],
+    )  # fmt: skip
     return alpha
 
 
@@ -117,13 +120,14 @@ def gate_backward(
     """(dx as x, contiguous; db1, dW2, db2 in fp32) for dα [B, H, T], fp32 and contiguous as α."""
     length, width = x.shape[1:]
     rows, dx = rows_of(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = _sizes(x, weight)
+    sizes = _sizes(weight, BACKWARD)
     heads, columns = sizes[2], sizes[4]
-    programs = min(PROGRAMS, triton.cdiv(len(rows), ROWS))
+    programs = min(PROGRAMS, triton.cdiv(len(rows), BACKWARD[0]))
     sums = torch.empty(programs, heads + 1, width + 1, dtype=torch.float32, device=x.device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"  # the other factor is a 16-bit number
     _gate_bwd_kernel[programs, triton.cdiv(width, columns)](
-        rows, rows.stride(0), up_bias, weight, alpha, dalpha, dx, sums, length, len(rows), *sizes, precision
-    )
+        rows, rows.stride(0), up_bias, weight, alpha, dalpha, dx, sums, length, len(rows), *sizes, precision,
+        num_warps=BACKWARD[2],
+    )  # fmt: skip
     total = sums.sum(0)
     return dx, total[heads, :width], total[: len(weight), :width], total[: len(weight), width]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 ROWS, HEADS = 16, 4  # tokens and heads that a program looks at together
+WARPS = 4
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def turn_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads:
     grid = (triton.cdiv(len(source), ROWS), triton.cdiv(num_heads, HEADS))
     _rotary_kernel[grid](
         source, target, cos, sin, source.stride(0), num_heads * 2 * half, length, len(source), num_heads,
-        half, triton.next_power_of_2(half), ROWS, HEADS,
+        half, triton.next_power_of_2(half), ROWS, HEADS, num_warps=WARPS,
     )  # fmt: skip
     return target
 
@@ -137,5 +138,6 @@ def join_gradients(
     _joining_kernel[triton.cdiv(batch * length, ROWS), programs](
         *parts, target, cos, sin, *(part.stride(0) for part in parts), columns, length, batch * length,
         num_heads, num_kv_heads, rest.shape[2], half, block, ROWS, HEADS,
+        num_warps=WARPS,
     )  # fmt: skip
     return target

@@ -22,6 +22,7 @@ from pi_dist.training.trainer import Outcome
 # dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}
 WARM_UP_STEPS = 5
+ATTENTION_KERNELS = ("pi_attention_*.py", "gradients.py", "tiles.py", "block_sizes.*")
 
 
 def device_name() -> str:
@@ -114,9 +115,10 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on; of the kernels, a hash of their files."""
+    """Versions of what a figure depends on; of the attention kernels, a hash of their files."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    files = sorted((Path(__file__).parents[1] / "kernels").glob("*.*"))
+    folder = Path(__file__).parents[1] / "kernels"
+    files = sorted(path for name in ATTENTION_KERNELS for path in folder.glob(name))
     found["kernels"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     for package in ("torch", "triton", "deepspeed", "pi-dist"):
         try:
