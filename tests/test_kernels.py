@@ -26,6 +26,7 @@ from pi_dist.ops import PiPattern, pi_attention, triton_backend
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.ops.pi_attention import token_labels
 from pi_dist.ops.spec import AttentionSpec
+from pi_dist.ops.triton_compile import Call
 from pi_dist.parallel.exchange_plan import make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -596,7 +597,7 @@ def test_what_is_compiled_ahead_is_what_a_call_launches(pattern, rank):
         )
         triton_backend.pi_attention_bwd(spec, q, keys, values, *rest, out, lse, dout, run=run)
 
-    call = triton_backend.Call(spec, 2, 80, 2, 16, torch.float32, gated=True, labelled=True)
+    call = Call(spec, 2, 80, 2, 16, torch.float32, gated=True, labelled=True)
     assert noted(real) == noted(call.launch) != []
 
 

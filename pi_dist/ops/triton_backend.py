@@ -6,9 +6,7 @@ The keys of a shard and each run of received rows are bands of their own, so not
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple
@@ -640,63 +638,3 @@ def _fused(launch: _Launch, part: _Part) -> tuple[_Part, Blocks, int, bool] | No
         part = replace(part, band=replace(band, left=WALKED))
         return part, replace(sizes, block_n=owned), owned, True
     return None
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a call of the operator is, but for the values of its tensors.
-
-    Attributes:
-        batch, q_len, num_heads, head_dim: of q [B, T, H, D].
-        gated, labelled: whether there are a gate and labels of documents.
-    """
-
-    spec: AttentionSpec
-    batch: int
-    q_len: int
-    num_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    gated: bool
-    labelled: bool
-
-    def launch(self, run: Callable[..., None]) -> None:
-        """Give the launches to `run`, with tensors that have no memory, laid out as the model's."""
-
-        def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        def labels(length: int) -> torch.Tensor | None:
-            return meta(self.batch, length, dtype=torch.int32) if self.labelled else None
-
-        q = meta(self.batch, self.q_len, self.num_heads, self.head_dim)
-        lengths = [block.run.stop - block.run.start for block in self.spec.blocks]
-        heads = [len(block.heads) for block in self.spec.blocks]
-        keys = [
-            meta(self.batch, length, count, self.head_dim)
-            for length, count in zip(lengths, heads, strict=True)
-        ]
-        of_queries = meta(self.batch, self.num_heads, self.q_len, dtype=torch.float32).transpose(1, 2)
-        rest = (of_queries if self.gated else None, labels(self.q_len), [labels(n) for n in lengths])
-        pi_attention_fwd(self.spec, q, keys[:1], keys[:1], *rest, lambda: (keys[1:], keys[1:]), run=run)
-        pi_attention_bwd(self.spec, q, keys, keys, *rest, q, of_queries, q, run=run)
-
-
-def compile_kernels(calls: Iterable[Call]) -> int:
-    """Compile for the current GPU, side by side in threads, what calls need, forward and backward.
-
-    The kernels land in Triton's caches, in memory and on disk; those that are in memory already cost nothing.
-
-    Returns:
-        How many were compiled or read from disk.
-    """
-
-    from triton.runtime._async_compile import AsyncCompileMode  # private: another Triton may not have it
-
-    def compile_only(kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
-        kernel.warmup(*arguments, grid=(programs,), **keywords)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
-        for call in calls:
-            call.launch(compile_only)
-        return len(mode.raw_futures)

@@ -17,7 +17,7 @@ from pi_dist.parallel.exchange_plan import count_rows, make_plan
 from pi_dist.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
-    from pi_dist.ops.triton_backend import Call
+    from pi_dist.ops.triton_compile import Call
 
 
 def kernel_calls(config: Config, patterns: tuple[PiPattern, ...], mesh: Mesh) -> Iterator[Call]:
@@ -25,7 +25,7 @@ def kernel_calls(config: Config, patterns: tuple[PiPattern, ...], mesh: Mesh) ->
 
     `patterns`: of every layer. Chunks in the middle of a sequence are alike.
     """
-    from pi_dist.ops.triton_backend import Call
+    from pi_dist.ops.triton_compile import Call
 
     m, t, p = config.model, config.training, config.parallel
     layers = [
@@ -78,7 +78,7 @@ def compile_ahead(config: Config, patterns: tuple[PiPattern, ...], mesh: Mesh) -
     """
     if mesh.device.type != "cuda":
         return None
-    from pi_dist.ops.triton_backend import compile_kernels
+    from pi_dist.ops.triton_compile import compile_kernels
 
     began = time.perf_counter()
     hosts: list = [None] * mesh.world_size
