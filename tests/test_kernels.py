@@ -22,16 +22,16 @@ from pi_dist.kernels.block_sizes import Blocks
 from pi_dist.kernels.tiles import Rows
 from pi_dist.measure.kernel_bench import HEADS
 from pi_dist.measure.kernel_tuning import trials
-from pi_dist.ops import PiPattern, pi_attention, triton_backend
+from pi_dist.ops import PiPattern, pi_attention, triton_backend, triton_bands
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.ops.pi_attention import token_labels
 from pi_dist.ops.spec import AttentionSpec
+from pi_dist.ops.triton_bands import BOTH, RING, SKIP
 from pi_dist.ops.triton_compile import Call
 from pi_dist.parallel.exchange_plan import make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("_pi_attention_fwd_kernel", "_fused_kernel", "_keys_kernel", "_queries_kernel")
-RING, SKIP, BOTH = triton_backend.RING, triton_backend.SKIP, triton_backend.BOTH
 
 
 def triton_attention(*inputs, **options):
@@ -444,7 +444,7 @@ def test_labels_of_queries_and_keys_of_different_lengths():
 @pytest.fixture
 def far_is_near(monkeypatch):
     """Skips count as far beyond 8 tokens instead of 32, so that short sequences have all bands."""
-    monkeypatch.setattr(triton_backend, "NEAR_SKIPS", 8)
+    monkeypatch.setattr(triton_bands, "NEAR_SKIPS", 8)
     triton_backend._launch_of.cache_clear()
     yield
     triton_backend._launch_of.cache_clear()

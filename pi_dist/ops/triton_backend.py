@@ -1,34 +1,25 @@
-"""The Triton kernels as a backend: which bands a call needs, and a launch for each.
-
-A band is a set of neighbours that one launch looks at; results of several are merged by lse, gradients added.
-The keys of a shard and each run of received rows are bands of their own, so nothing is concatenated.
-"""
+"""The Triton kernels as a backend: the launches of a call, planned once for all that are alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from pi_dist.kernels import tiles
 from pi_dist.kernels.block_sizes import Blocks, blocks, launch_options
 from pi_dist.kernels.pi_attention_bwd import _keys_kernel, _queries_kernel, _queries_once_kernel
 from pi_dist.kernels.pi_attention_bwd_fused import _fused_kernel
 from pi_dist.kernels.pi_attention_fwd import _pi_attention_fwd_kernel
 from pi_dist.kernels.tiles import Dropout, Options, Rows, Scores, Sizes
-from pi_dist.ops.pattern import PiPattern
-from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, KeyBlock, nothing_arrives, nothing_to_send
+from pi_dist.ops.spec import GATE_EPSILON, AttentionSpec, Run, nothing_arrives, nothing_to_send
+from pi_dist.ops.triton_bands import RING, SKIP, Band, Part, parts_of
 
-RING, SKIP, BOTH = (kind.value for kind in (tiles.RING, tiles.SKIP, tiles.BOTH))
 # decided when a kernel is decorated; asked here, since torch.compile cannot look at a kernel's type
 INTERPRETED = not isinstance(_pi_attention_fwd_kernel, triton.runtime.jit.JITFunction)
-LONGEST = 2**29  # tokens that a call may span, and its skips; see `tiles.NOWHERE`
-NEAR_SKIPS = 32  # skips that lie no farther than the window or this join its band
-SHIFTED_SKIPS = 1  # so few farther skips are done row by row; more, by residue class in a launch of their own
 NARROW = 32  # steps on both sides up to which the backward is one tile (of 64)
 WALKED = 64  # steps back, of a causal window, up to which it is a walk from tile to tile
 FEW_WALKS = 768  # programs below which walks are shorter
@@ -53,97 +44,6 @@ def check_usable(q: torch.Tensor) -> None:
         raise ValueError(f"backend 'triton': 1 <= head_dim ({q.shape[3]}) <= 256 does not hold")
 
 
-def _power_above(value: int) -> int:
-    """The least power of two that is at least so large. Triton's own takes microseconds."""
-    return 1 << (value - 1).bit_length()
-
-
-@dataclass(frozen=True)
-class _Band:
-    """Neighbours that one launch looks at: `left` and `right` steps of a query, and `shifts` far skips."""
-
-    kind: int
-    left: int
-    right: int
-    shifts: int = 0
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Queries [start, stop), as indices, that look at a block of keys by one band."""
-
-    band: _Band
-    block: KeyBlock
-    start: int
-    stop: int
-    strides: tuple[int, ...]  # of all query heads
-    local: bool  # whether the keys lie at the queries' own positions
-
-    def span(self, query_start: int) -> int:
-        """Tokens from the first query or key to the last."""
-        queries, keys = (query_start + self.start, query_start + self.stop), self.block.run
-        return max(queries[1], keys.stop) - min(queries[0], keys.start)
-
-
-def _bands(pattern: PiPattern, strides: tuple[int, ...], span: int, local: bool) -> list[_Band]:
-    """The bands of heads with these strides, of queries and keys within `span` tokens.
-
-    local: the keys lie at the queries' own positions.
-    """
-    window = min(pattern.window, span)
-    chain = -(-span // min(strides))  # the longest: nothing lies farther than its end
-    skips = min(pattern.num_skips, max(16, _power_above(chain))) if chain > 1 else 0
-    far = skips * max(strides)
-
-    def band(kind: int, steps: int, shifts: int = 0) -> _Band:
-        return _Band(kind, steps, 0 if pattern.causal else steps, shifts)
-
-    if far <= window:
-        return [band(RING, window)]
-    if far <= max(window, NEAR_SKIPS):
-        return [band(BOTH, far)]
-    if local and skips <= SHIFTED_SKIPS:
-        return [band(RING, window, skips)]
-    if window == 0 and not pattern.include_self:
-        return [band(SKIP, skips)]
-    return [band(RING, window), band(SKIP, skips)]
-
-
-def _parts(
-    pattern: PiPattern,
-    blocks_: tuple[KeyBlock, ...],
-    num_heads: int,
-    num_kv_heads: int,
-    query_start: int,
-    q_len: int,
-) -> tuple[_Part, ...]:
-    """The launches of a call, in order; the first covers all queries, and the rest those that need it."""
-    share, all_strides = num_heads // num_kv_heads, pattern.head_strides(num_heads)
-    far = max(all_strides) * max(1, pattern.num_skips)
-    if far >= LONGEST:
-        raise ValueError(f"backend 'triton': num_skips · stride ({far}) < 2^29 does not hold")
-    if blocks_[0].heads != tuple(range(num_kv_heads)):
-        raise ValueError(f"heads of the first block ({blocks_[0].heads}) == all heads does not hold")
-    parts = []
-    for block in blocks_:
-        local = block.run == (query_start, query_start + q_len)
-        strides = tuple(all_strides[head * share + s] for head in block.heads for s in range(share))
-        span = max(block.run.stop, query_start + q_len) - min(block.run.start, query_start)
-        if span >= LONGEST:
-            raise ValueError(
-                f"backend 'triton': queries and keys within ({span}) < 2^29 tokens does not hold"
-            )
-        for band in _bands(pattern, strides, span, local):
-            back = band.left if band.kind != SKIP else pattern.num_skips * max(strides)
-            start = max(0, block.run.start - (0 if pattern.causal else back) - query_start)
-            stop = min(q_len, block.run.stop + back - query_start)
-            if band.shifts or not parts:
-                start, stop = 0, q_len
-            if start < stop:
-                parts.append(_Part(band, block, start, stop, all_strides, local))
-    return tuple(parts)
-
-
 @lru_cache(maxsize=1024)
 def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
@@ -160,6 +60,10 @@ def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _length(run: Run) -> int:
+    return run.stop - run.start
+
+
 def _signed(value: int) -> int:
     """The low 32 bits of `value` as a signed integer, so that the kernel's argument type never changes."""
     low = value & 0xFFFFFFFF
@@ -169,14 +73,11 @@ def _signed(value: int) -> int:
 class _Step(NamedTuple):
     """A launch but for its tensors.
 
-    index: of the block of keys. whole: whether it covers all queries. programs: of a batch row. rest: the
-    arguments that follow the tensors. keywords: of the launch.
+    programs: of a batch row. rest: the arguments that follow the tensors. keywords: of the launch.
     """
 
     kernel: str
-    part: _Part
-    index: int
-    whole: bool
+    part: Part
     programs: int
     rest: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -203,6 +104,7 @@ class _Launch:
         self.has_gate, self.has_labels, self.token_stride = has_gate, has_labels, token_stride
         self.batch, self.q_len, self.num_heads, self.head_dim = shape
         self.share = self.num_heads // spec.num_kv_heads
+        self.padded_dim = 1 << (self.head_dim - 1).bit_length()  # a power of two
         self.element_bytes = dtype.itemsize
         self.dropout = Dropout(
             _signed(spec.seed),
@@ -216,9 +118,8 @@ class _Launch:
             dtype == torch.bfloat16 and spec.logit_cap is not None and spec.logit_cap <= LARGEST_FIXED_TOP
         )
         self.fast_log = not INTERPRETED and self.element_bytes == 2
-        self.parts = _parts(
-            spec.pattern, spec.blocks, self.num_heads, spec.num_kv_heads, spec.query_start, self.q_len
-        )
+        self.strides = spec.pattern.head_strides(self.num_heads)
+        self.parts = parts_of(spec, self.num_heads, self.q_len)
         self.dtype = dtype
         self.sum_dtype = self._dtype_of_sum(len(self.parts))  # of out and dq
 
@@ -233,7 +134,7 @@ class _Launch:
         for part in self.parts:
             sizes, heads = self.block_sizes("fwd", part), len(part.block.heads) * self.share
             options = self.options(part, sizes, merge=bool(steps), shares=self.share)
-            num_tiles = self.num_tiles(part, sizes.block_m, part.stop - part.start)
+            num_tiles = self.num_tiles(part, sizes.block_m, _length(part.queries))
             steps.append(self._step("fwd", part, heads, num_tiles, options, sizes))
         return tuple(steps)
 
@@ -244,16 +145,15 @@ class _Launch:
         The first part's, of the first block, store what others add to.
         """
         touched: set[int] = set()
-        received = [part for part in self.parts if part.block != self.spec.blocks[0]]
-        sent = tuple(step for part in received for step in self._keys_of(part, touched))
+        sent = tuple(step for part in self.parts if part.index for step in self._keys_of(part, touched))
         rest: list[_Step] = []
         for part in self.parts:
-            fused = self._fused(part) if part not in received else None
+            fused = None if part.index else self._fused(part)
             if fused is not None:
                 touched.add(0)
                 rest.append(fused)
                 continue
-            if part not in received:
+            if not part.index:
                 rest += self._keys_of(part, touched)
             rest += self._queries_of(part)
         return sent, tuple(rest), frozenset(range(len(self.spec.blocks))) - touched
@@ -262,48 +162,47 @@ class _Launch:
     def keys_dtype(self) -> torch.dtype:
         """Of the first block's dk and dv, which many heads with a stride each may share."""
         return self._dtype_of_sum(
-            sum(step.index == 0 and step.kernel != "queries" for step in self.backward[1])
+            sum(step.part.index == 0 and step.kernel != "queries" for step in self.backward[1])
         )
 
     @cached_property
     def once(self) -> _Step:
         """The launch that computes what the wide kernels need of queries."""
-        sizes = Blocks(max(16, 4096 // _power_above(self.head_dim)), 16, 4, 1)
+        sizes = Blocks(max(16, 4096 // self.padded_dim), 16, 4, 1)
         # the band does not matter: compiled once for all
-        part = replace(self.parts[0], band=_Band(RING, 0, 0), start=0, stop=self.q_len)
+        part = replace(self.parts[0], band=Band(RING, 0, 0))
         options = self.options(part, sizes, merge=False, shares=1)
         num_tiles = -(-self.q_len // sizes.block_m)
         scalars = (Sizes(self.q_len, self.q_len, self.num_heads, num_tiles, 0), self.scores(part))
         keywords = {"OPTIONS": options, "num_warps": sizes.num_warps}
-        return _Step("once", part, 0, True, num_tiles * self.num_heads, scalars, keywords)
+        return _Step("once", part, num_tiles * self.num_heads, scalars, keywords)
 
     def _step(
         self,
         kernel: str,
-        part: _Part,
+        part: Part,
         heads: int,
         num_tiles: int,
         options: Options,
         sizes: Blocks,
         first_share: tuple[int, ...] = (),
     ) -> _Step:
-        run, tables = part.block.run, (part.strides, part.block.heads)
+        queries, keys = part.queries, part.block.run
+        tables = (_table(values, self.device) for values in (self.strides, part.block.heads))
         scalars = (
-            Sizes(part.stop - part.start, run.stop - run.start, heads, num_tiles, self.shift(part)),
+            Sizes(_length(queries), _length(keys), heads, num_tiles, queries.start - keys.start),
             self.scores(part),
-            self.dropout_from(part.start),
+            self.dropout._replace(query_start=queries.start),
         )
         return _Step(
             kernel,
             part,
-            self.spec.blocks.index(part.block),
-            (part.start, part.stop) == (0, self.q_len),
             num_tiles * heads,
-            (*(_table(values, self.device) for values in tables), *scalars, *first_share),
+            (*tables, *scalars, *first_share),
             {"OPTIONS": options, **launch_options(sizes)},
         )
 
-    def _fused(self, part: _Part) -> _Step | None:
+    def _fused(self, part: Part) -> _Step | None:
         """The launch for all gradients of a part, if one can be."""
         if not (part.local and self.alike(part)):
             return None
@@ -318,50 +217,45 @@ class _Launch:
         )
         return self._step("fused", part, self.spec.num_kv_heads, num_tiles, options, sizes)
 
-    def _keys_of(self, part: _Part, touched: set[int]) -> Iterator[_Step]:
+    def _keys_of(self, part: Part, touched: set[int]) -> Iterator[_Step]:
         """The launches for dk and dv of a part's keys; `touched`: the blocks that have some already."""
-        index, run = self.spec.blocks.index(part.block), part.block.run
         sizes, heads = self.block_sizes("keys", part), len(part.block.heads)
-        num_tiles = self.num_tiles(part, sizes.block_m, run.stop - run.start)
+        num_tiles = self.num_tiles(part, sizes.block_m, _length(part.block.run))
         for first_share, shares in self.shares(part):
-            options = self.options(part, sizes, merge=index in touched, shares=shares)
-            touched.add(index)
+            options = self.options(part, sizes, merge=part.index in touched, shares=shares)
+            touched.add(part.index)
             yield self._step("keys", part, heads, num_tiles, options, sizes, (first_share,))
 
-    def _queries_of(self, part: _Part) -> Iterator[_Step]:
+    def _queries_of(self, part: Part) -> Iterator[_Step]:
         """The launches for dq and the gate's sums that a part's keys give its queries."""
         sizes, several = self.block_sizes("queries", part), len(self.parts) > 1
-        num_tiles = self.num_tiles(part, sizes.block_m, part.stop - part.start)
+        num_tiles = self.num_tiles(part, sizes.block_m, _length(part.queries))
         for first_share, shares in self.shares(part):
             heads, merge = len(part.block.heads) * shares, part != self.parts[0]
             options = self.options(part, sizes, merge=merge, shares=shares, parts=several)
             yield self._step("queries", part, heads, num_tiles, options, sizes, (first_share,))
 
-    def strides_of(self, part: _Part) -> tuple[int, ...]:
-        """Strides of the query heads that look at the part's block."""
-        return tuple(part.strides[h * self.share + s] for h in part.block.heads for s in range(self.share))
-
-    def alike(self, part: _Part) -> bool:
+    def alike(self, part: Part) -> bool:
         """Whether a program can do all query heads of a key/value head.
 
         Heads whose skips differ in stride lie in different residue classes: one at a time.
         """
-        strides, heads = self.strides_of(part), range(0, len(part.block.heads) * self.share, self.share)
-        return part.band.kind != SKIP or all(len(set(strides[h : h + self.share])) == 1 for h in heads)
+        strides, share = part.strides, self.share
+        groups = (strides[first : first + share] for first in range(0, len(strides), share))
+        return part.band.kind != SKIP or all(len(set(group)) == 1 for group in groups)
 
-    def shares(self, part: _Part) -> list[tuple[int, int]]:
+    def shares(self, part: Part) -> list[tuple[int, int]]:
         """(first, number of) query heads of a key/value head, for each launch of a wide band."""
         return [(0, self.share)] if self.alike(part) else [(first, 1) for first in range(self.share)]
 
-    def scores(self, part: _Part) -> Scores:
+    def scores(self, part: Part) -> Scores:
         pattern, spec = self.spec.pattern, self.spec
-        stride = self.strides_of(part)[0]
-        window = min(pattern.window, part.span(spec.query_start))
+        window, stride = min(pattern.window, part.span), part.strides[0]
         return Scores(window, stride, pattern.num_skips, spec.softmax_scale, spec.logit_cap or 0.0)
 
     def options(
         self,
-        part: _Part,
+        part: Part,
         sizes: Blocks,
         *,
         merge: bool,
@@ -371,7 +265,7 @@ class _Launch:
     ) -> Options:
         band, pattern, spec = part.band, self.spec.pattern, self.spec
         tile = sizes.block_m + sizes.block_n + band.left + band.right  # more tokens than a tile spans
-        tokens = part.span(self.spec.query_start) if band.kind == SKIP else tile
+        tokens = part.span if band.kind == SKIP else tile
         return Options(
             kind=band.kind,
             left=band.left,
@@ -385,7 +279,7 @@ class _Launch:
             causal=pattern.causal,
             include_self=pattern.include_self,
             one_skip=pattern.num_skips == 1,
-            uniform=len(set(self.strides_of(part))) == 1,
+            uniform=len(set(part.strides)) == 1,
             share=self.share,
             shares=shares,
             has_gate=self.has_gate,
@@ -398,31 +292,24 @@ class _Launch:
             fast_log=self.fast_log,
             heads_first=band.kind != SKIP and band.shifts == 0,  # else a head's far rows stay in the L2 cache
             head_dim=self.head_dim,
-            block_d=max(16, _power_above(self.head_dim)),
+            block_d=max(16, self.padded_dim),
             block_m=sizes.block_m,
             block_n=sizes.block_n,
             epsilon=GATE_EPSILON,
         )
 
-    def block_sizes(self, kernel: str, part: _Part) -> Blocks:
+    def block_sizes(self, kernel: str, part: Part) -> Blocks:
         """Tile sizes of one of the kernels."""
         band = part.band
         kind = "far" if band.shifts else ("ring", "skip", "near")[band.kind]
         return blocks(kernel, kind, band.left, self.head_dim, self.element_bytes)
 
-    def num_tiles(self, part: _Part, owned: int, length: int) -> int:
+    def num_tiles(self, part: Part, owned: int, length: int) -> int:
         """Programs a head, each of `owned` slots, for `length` tokens: enough for the head with the most."""
         if part.band.kind != SKIP:
             return -(-length // owned)
-        span = part.span(self.spec.query_start)
-        slots = max(min(stride, span) * -(-span // stride) for stride in set(self.strides_of(part)))
+        slots = max(min(stride, part.span) * -(-part.span // stride) for stride in set(part.strides))
         return -(-slots // owned)
-
-    def dropout_from(self, start: int) -> Dropout:
-        return self.dropout._replace(query_start=self.spec.query_start + start)
-
-    def shift(self, part: _Part) -> int:
-        return self.spec.query_start + part.start - part.block.run.start
 
 
 @lru_cache(maxsize=1024)
@@ -468,10 +355,11 @@ class _Tensors:
 
     def of(self, step: _Step, *names: str) -> list[Rows]:
         """What belongs to the queries of a step."""
-        if step.whole:
+        rows = step.part.rows
+        if rows is None:
             return [self._rows[name] for name in names]
-        seen, view = (self._all[name] for name in names), slice(step.part.start, step.part.stop)
-        return [self._absent if x is None else _rows(x[:, view]) for x in seen]
+        seen = (self._all[name] for name in names)
+        return [self._absent if x is None else _rows(x[:, rows]) for x in seen]
 
 
 def _launch_for(
@@ -502,12 +390,13 @@ def pi_attention_fwd(
     tensors.add(out=out, lse=lse)
     absent = Rows(q, 0, 0, 0)
     for step in launch.forward:
-        if step.index and len(pairs) == 1:
+        index = step.part.index
+        if index and len(pairs) == 1:
             pairs += [(_rows(k), _rows(v)) for k, v in zip(*arrive(), strict=True)]
-        labels = k_labels[step.index]
+        labels = k_labels[index]
         mine, of_gate, my_labels, *results = tensors.of(step, "q", "gate", "q_labels", "out", "lse")
         run(
-            _pi_attention_fwd_kernel, step.programs * batch, mine, *pairs[step.index], of_gate, my_labels,
+            _pi_attention_fwd_kernel, step.programs * batch, mine, *pairs[index], of_gate, my_labels,
             absent if labels is None else _rows(labels), *results, *step.rest, **step.keywords,
         )  # fmt: skip
     return out.to(q.dtype), lse
@@ -587,7 +476,7 @@ class _Backward:
 
     def run(self, step: _Step) -> None:
         """Launch a step."""
-        index, seen = step.index, self.tensors.of
+        index, seen = step.part.index, self.tensors.of
         pair, k_labels = self.pairs[index], self.k_labels[index]
         match step.kernel:
             case "fused":
@@ -619,11 +508,11 @@ class _Backward:
         return self.dgate.addcmul_(self.residual, self.weight, value=-1) if self.apart else self.dgate
 
 
-def _fused(launch: _Launch, part: _Part) -> tuple[_Part, Blocks, int, bool] | None:
+def _fused(launch: _Launch, part: Part) -> tuple[Part, Blocks, int, bool] | None:
     """A fused backward's part, tile sizes, tokens a program, and whether it walks; None if it is too wide."""
     band = part.band
     left, right = (-(-steps // 16) * 16 for steps in (band.left, band.right))
-    row_bytes = _power_above(launch.head_dim) * launch.element_bytes
+    row_bytes = launch.padded_dim * launch.element_bytes
     if left + right <= NARROW and row_bytes <= NARROW_BYTES:
         # margins of whole 16 steps: one kernel for windows from 1 to 16, and aligned tiles
         part = replace(part, band=replace(band, left=left, right=right))
