@@ -22,7 +22,7 @@ from pi_dist.kernels.block_sizes import Blocks
 from pi_dist.kernels.tiles import Rows
 from pi_dist.measure.kernel_bench import HEADS
 from pi_dist.measure.kernel_tuning import trials
-from pi_dist.ops import PiPattern, pi_attention, triton_backend, triton_bands
+from pi_dist.ops import PiPattern, pi_attention, triton_backend, triton_bands, triton_launches
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.ops.pi_attention import token_labels
 from pi_dist.ops.spec import AttentionSpec
@@ -94,10 +94,10 @@ def tiles(sizes):
 
     with pytest.MonkeyPatch.context() as patch:
         if sizes is not None:
-            patch.setattr(triton_backend, "blocks", small)
-            triton_backend._launch_of.cache_clear()
+            patch.setattr(triton_launches, "blocks", small)
+            triton_launches.plan_of.cache_clear()
         yield
-    triton_backend._launch_of.cache_clear()
+    triton_launches.plan_of.cache_clear()
 
 
 @contextlib.contextmanager
@@ -392,17 +392,17 @@ def test_strides_of_more_elements_than_32_bits_count(pattern, monkeypatch):
     """The 64-bit offsets, with tensors that would not need them."""
     used = []
 
-    class Far(triton_backend._Launch):
+    class Far(triton_launches.LaunchPlan):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.token_stride = 2**31
+            self._token_stride = 2**31
 
-        def options(self, *arguments, **keywords):
-            options = super().options(*arguments, **keywords)
+        def _options(self, *arguments, **keywords):
+            options = super()._options(*arguments, **keywords)
             used.append(options.long_steps)
             return options
 
-    monkeypatch.setattr(triton_backend, "_launch_of", Far)
+    monkeypatch.setattr(triton_backend, "plan_of", Far)
     inputs, dout = draw_inputs(20, 1, 110, None, 2, 1)
     check(inputs, dout, pattern)
     assert len(used) >= 2 and all(used)
@@ -445,9 +445,9 @@ def test_labels_of_queries_and_keys_of_different_lengths():
 def far_is_near(monkeypatch):
     """Skips count as far beyond 8 tokens instead of 32, so that short sequences have all bands."""
     monkeypatch.setattr(triton_bands, "NEAR_SKIPS", 8)
-    triton_backend._launch_of.cache_clear()
+    triton_launches.plan_of.cache_clear()
     yield
-    triton_backend._launch_of.cache_clear()
+    triton_launches.plan_of.cache_clear()
 
 
 def on_ranks(inputs, dout, pattern, labels, num_ranks, options):
@@ -803,8 +803,8 @@ def test_tile_sizes_fit_whatever_is_asked_for(monkeypatch):
             assert kernel == "fwd" and is_tile(sizes.halo) and sizes.halo >= band
         return sizes
 
-    monkeypatch.setattr(triton_backend, "blocks", recorded)
-    triton_backend._launch_of.cache_clear()
+    monkeypatch.setattr(triton_launches, "blocks", recorded)
+    triton_launches.plan_of.cache_clear()
     windows, skips = (0, 4, 16, 20, 33, 64, 100, 600), (0, 1, 3, 16, 17, 64, 100)
     for dtype, head_dim, heads in itertools.product((torch.float16, torch.float32), (1, 128, 200), (1, 2)):
         (q, k, v, gate), dout = draw_inputs(17, 1, 900, None, heads, 1, head_dim, dtype=dtype)

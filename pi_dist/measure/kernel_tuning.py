@@ -49,7 +49,7 @@ def _candidates(
 def trials(head_dim: int) -> list[Trial]:
     """Everything that is timed; entries for windows come first, since patterns with skips use them too."""
     from pi_dist.kernels.block_sizes import BANDS, name
-    from pi_dist.ops.triton_backend import NARROW, WALKED, WALKED_BYTES
+    from pi_dist.ops.triton_launches import NARROW, WALKED, WALKED_BYTES
 
     timed_on = [("ring", band, Case(head_dim, TOKENS, band, 0)) for band in BANDS]
     timed_on += [

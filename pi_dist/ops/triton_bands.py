@@ -38,7 +38,7 @@ class Part:
     Attributes:
         index: of the block in `AttentionSpec.blocks`.
         queries: their global positions.
-        rows: where they lie in the tensors of queries; None: they are all of them.
+        view: where they lie in the tensors of all queries; None: they are all.
         strides: of the query heads that look at the block.
         local: whether the block holds the keys at the positions of all queries.
     """
@@ -47,7 +47,7 @@ class Part:
     block: KeyBlock
     index: int
     queries: Run
-    rows: slice | None
+    view: slice | None
     strides: tuple[int, ...]
     local: bool
 
@@ -87,9 +87,9 @@ def parts_of(spec: AttentionSpec, num_heads: int, q_len: int) -> tuple[Part, ...
                 ahead = 0 if pattern.causal else back
                 seen = Run(max(seen.start, block.run.start - ahead), min(seen.stop, block.run.stop + back))
             if seen.start < seen.stop:
-                rows = slice(seen.start - queries.start, seen.stop - queries.start)
+                view = slice(seen.start - queries.start, seen.stop - queries.start)
                 whole = seen == queries
-                parts.append(Part(band, block, index, seen, None if whole else rows, strides, local))
+                parts.append(Part(band, block, index, seen, None if whole else view, strides, local))
     return tuple(parts)
 
 
