@@ -21,7 +21,7 @@ from pi_dist.kernels import block_sizes
 from pi_dist.kernels.block_sizes import Blocks
 from pi_dist.kernels.tiles import Rows
 from pi_dist.measure.kernel_bench import HEADS
-from pi_dist.measure.kernel_tuning import trials
+from pi_dist.measure.kernel_tuning import trials, use
 from pi_dist.ops import PiPattern, pi_attention, triton_backend, triton_bands, triton_launches
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.ops.pi_attention import token_labels
@@ -784,6 +784,21 @@ def is_tile(size: int) -> bool:
 def test_the_table_of_tile_sizes_has_the_entries_that_are_measured_and_no_others():
     measured = {trial.entry for head_dim in HEADS for trial in trials(head_dim)}
     assert measured == set(block_sizes.table())
+
+
+def test_tuning_launches_what_it_times():
+    """Calls that are alike share a plan, which must not outlive the sizes that it was made with."""
+    inputs, _ = draw_inputs(18, 1, 200, dtype=torch.float16)
+    pattern, entry = PiPattern(100, 200, num_skips=0), block_sizes.key("fwd", "ring", 100, 4)
+    before = block_sizes.table()[entry]
+    try:
+        for block_n in (32, 128):
+            use(entry, replace(before, block_n=block_n))
+            with spied(run=False) as launches:
+                pi_attention(*inputs, pattern, backend="triton")
+            assert {options.block_n for *_, options in launches} == {block_n}
+    finally:
+        use(entry, before)
 
 
 def test_tile_sizes_fit_whatever_is_asked_for(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pi_dist.config import UserError
+from pi_dist.kernels.block_sizes import Blocks
 from pi_dist.measure.kernel_bench import HEADS, Case, compile_all, inputs, runner, timed
 
 TOKENS = 131072
@@ -72,15 +73,18 @@ def trials(head_dim: int) -> list[Trial]:
     return found
 
 
-def _use(trial: Trial) -> None:
+def use(entry: str, sizes: Blocks) -> None:
+    """Let every launch from here on take these sizes for an entry of the table."""
     from pi_dist.kernels import block_sizes
+    from pi_dist.ops.triton_launches import plan_of
 
+    block_sizes.table()[entry] = sizes
     block_sizes.blocks.cache_clear()
-    block_sizes.table()[trial.entry] = block_sizes.Blocks(*trial.sizes)
+    plan_of.cache_clear()
 
 
 def _warm_up(trial: Trial) -> None:
-    _use(trial)
+    use(trial.entry, Blocks(*trial.sizes))
     small = replace(trial.case, tokens=16384)
     try:
         forward, backward = runner(small, inputs(small))
@@ -117,7 +121,7 @@ def tune(head_dim: int, path: str | None = None) -> None:
         if trial.case != current:
             tensors, current = None, trial.case
             tensors = inputs(trial.case)
-        _use(trial)
+        use(trial.entry, Blocks(*trial.sizes))
         try:
             forward, backward = runner(trial.case, tensors)
             ms = timed(backward if trial.direction == "backward" else forward, 40)
@@ -129,8 +133,7 @@ def tune(head_dim: int, path: str | None = None) -> None:
         if ms < best.get(trial.entry, (float("inf"), trial))[0]:
             best[trial.entry] = (ms, trial)
         chosen = best.get(trial.entry)
-        block_sizes.table()[trial.entry] = block_sizes.Blocks(*chosen[1].sizes) if chosen else before
-        block_sizes.blocks.cache_clear()
+        use(trial.entry, Blocks(*chosen[1].sizes) if chosen else before)
     target = path or str(block_sizes.TABLE)
     block_sizes.save(block_sizes.table(), target)
     print(f"{len(best)} entries of {len(block_sizes.table())} timed anew, written to {target}")
