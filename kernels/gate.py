@@ -11,7 +11,7 @@ import triton.language as tl
 from pi_dist.kernels.rotary import rows_of
 
 # tokens of a tile, columns of the hidden layer that are looked at together, warps
-FORWARD = (64, 128, 4)
+FORWARD = (64, 64, 4)
 BACKWARD = (16, 64, 4)  # larger tiles do not fit into registers
 PROGRAMS = 264  # that share the tiles of a block of columns: two for each multiprocessor of an H100
 

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, HEADS = 16, 4  # tokens and heads that a program looks at together
-WARPS = 4
+ROWS, HEADS = 16, 8  # tokens and heads that a program looks at together
+WARPS = 8
 
 
 @triton.jit

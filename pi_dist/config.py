@@ -195,8 +195,8 @@ class TrainingConfig:
     grows with the context only by the keys and values that later chunks look back to. null: all at once."""
     kept_rows: Literal["auto", "device", "host"] = "auto"
     """Where these keys and values lie. device: on the GPU; host: those that neither the current nor the next
-    chunk looks at in pinned host memory; auto: host where they and their gradients would take more than 60 %
-    of the GPU. The run says which, and is refused if they fit nowhere."""
+    chunk looks at in pinned host memory; auto: host where they, their gradients and about what a chunk takes
+    are more than the GPU has. The run says which, and is refused if they fit nowhere."""
     seed: int = 1234
     """Seed of initialization, order of the data and dropout."""
     eval_every: int = 100

@@ -423,10 +423,13 @@ def test_the_closed_form_is_what_layers_hold(monkeypatch, where, strides, num_sk
 def test_rows_are_kept_where_they_fit():
     """The paper's small model, strides up to 133,120 with 16 skips, and 4M tokens: 90 GB of kept rows."""
     gib = 2**30
-    model = replace(PRESETS["small"], window=64, stride=65, num_skips=16, schedule="doubling")
+    model = replace(
+        PRESETS["small"], vocab_size=50304, window=64, stride=65, num_skips=16, schedule="doubling"
+    )
 
-    def plan(device, host, where="auto", chunk_tokens=2**16, **changes):
-        training = TrainingConfig(context=2**22, chunk_tokens=chunk_tokens, precision="bf16", kept_rows=where)
+    def plan(device, host, where="auto", context=2**22, chunk_tokens=2**16, **changes):
+        chunks = {"context": context, "chunk_tokens": chunk_tokens}
+        training = TrainingConfig(**chunks, precision="bf16", kept_rows=where)
         config = Config(model=replace(model, **changes), training=training)
         return plan_kept_rows(config, Memory(device, host))
 
@@ -435,6 +438,11 @@ def test_rows_are_kept_where_they_fit():
     assert "keeps 82.5 GiB" in whole.describe() and "in host memory" in whole.describe()
     assert not plan(79 * gib, 115 * gib, num_layers=6).host  # strides up to 2080
     assert plan(79 * gib, 115 * gib, "host", num_layers=6).host
+    # 42.7 GiB of rows and gradients fit, but not beside 31 GiB of a chunk's activations and 6 of states
+    medium = {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "schedule": "fixed"}
+    medium |= {"strides": [65, 1105, 18785, 125_000] + [65] * 20}
+    assert plan(79 * gib, 115 * gib, context=2**21, chunk_tokens=2**15, **medium).host
+    assert not plan(79 * gib, 115 * gib, context=2**21, chunk_tokens=2**14, **medium).host
     assert not plan(None, None).host and "on the device" in plan(None, None).describe()
     long = {"num_layers": 4, "strides": [65, 1105, 18785, 250_000], "chunk_tokens": 2**14}
     assert plan(79 * gib, 80 * gib, **long).spread

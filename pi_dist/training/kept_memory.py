@@ -13,14 +13,16 @@ import torch
 import torch.distributed as dist
 
 from pi_dist.config import Config, ConfigError
+from pi_dist.model.flops import matmul_parameters
 from pi_dist.ops.pattern import layer_patterns
 from pi_dist.parallel.host_memory import HostMemory
 from pi_dist.parallel.kept_keys import KeptSize, Placement, kept_size
 from pi_dist.parallel.mesh import Mesh
 
-DEVICE_SHARE = 0.6
-"""Of the device's memory, what kept rows and gradients take before another place is tried; the rest is for
-the model and a chunk."""
+ACTIVATIONS = 20
+"""Numbers of hidden size that a layer holds of a token of a chunk: 13 saved, and of its backward pass."""
+LOSS_BYTES = 2**30
+"""Of a tile of logits."""
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -71,9 +73,10 @@ def plan_kept_rows(config: Config, memory: Memory) -> KeptPlan:
         for host, spread in ((False, True), (True, True), (True, False))
         if where in ("auto", "host" if host else "device")
     ]
-    for share in (DEVICE_SHARE, 1.0):
+    step = step_bytes(config)
+    for beside in (step, 0):  # else the nearest that there is: the estimate may be too high
         for plan in plans:
-            if _fits(plan, memory, share):
+            if _fits(plan, memory, beside):
                 return plan
     size = plans[0].size
     places = ((memory.device, "of the device"), (memory.host, "of free host memory"))
@@ -85,14 +88,26 @@ def plan_kept_rows(config: Config, memory: Memory) -> KeptPlan:
     )
 
 
-def _fits(plan: KeptPlan, memory: Memory, share: float) -> bool:
+def step_bytes(config: Config) -> int:
+    """About what a rank's GPU holds of a step in chunks beside kept rows: states, activations, logits."""
+    m, t, p = config.model, config.training, config.parallel
+    width = 2 if t.precision == "bf16" else 4
+    whole = width + 4 + (12 if p.zero_stage == 0 else 0)  # parameters and gradients; masters and moments
+    parameters = matmul_parameters(m) * (whole + (0 if p.zero_stage == 0 else 12 / p.sp_degree))
+    layers = 1 if t.activation_checkpointing is True else m.num_layers
+    tokens = t.micro_batch_size * t.chunk_tokens // p.sp_degree
+    return round(parameters) + tokens * layers * ACTIVATIONS * m.hidden_size * width + LOSS_BYTES
+
+
+def _fits(plan: KeptPlan, memory: Memory, beside: int) -> bool:
+    """Whether there is room for the kept rows, on the device `beside` so many other bytes."""
     size = plan.size
     everything = size.rows + size.gradients
     on_device = size.near + size.near_gradients if plan.host else everything
     in_host = size.rows + (0 if plan.spread else size.gradients) if plan.host else 0
     if memory.device is None:  # the device's tensors lie in host memory
         return memory.host is None or everything <= memory.host
-    return on_device <= share * memory.device and (memory.host is None or in_host <= memory.host)
+    return on_device + beside <= memory.device and (memory.host is None or in_host <= memory.host)
 
 
 def _whole_size(config: Config, spread: bool) -> KeptSize:
