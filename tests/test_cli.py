@@ -95,6 +95,9 @@ def test_from_text_to_a_sample(tmp_path):
     assert "resuming at step 3" in out and "changed training.steps: 3 -> 9" in out
     row = json.loads(record.read_text())["rows"][0]
     assert row["sp_degree"] == 2 and row["ms"] > 0 and row["measured"] is True
+    record.write_text(record.read_text().replace('"device": "', '"device": "other '))
+    _, err = pi_dist("train", *SMALL, *where, *longer, status=2)
+    assert f"{record}: device of the record (other " in err and len(err.strip().splitlines()) == 1
     kept = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert kept["training"]["context"] == 256 and kept["model"]["vocab_size"] == 448
 

@@ -23,7 +23,7 @@ def parser() -> ArgumentParser:
     p.add_argument(
         "--config", action="config", help="YAML with any of the fields below; later flags override it"
     )
-    p.add_argument("--record", type=str | None, default=None, help="write times and memory there, as JSON")
+    p.add_argument("--record", type=str | None, default=None, help="add times and memory there, as JSON")
     p.add_argument(
         "--check",
         type=int | None,
@@ -66,9 +66,11 @@ def run(arguments: Namespace) -> int:
         return _status(config_of(arguments))
     import torch.distributed as dist
 
+    from pi_dist.measure.record import resume
     from pi_dist.parallel.process_group import check_world_size
     from pi_dist.training.trainer import train
 
+    resume(arguments.record, {})  # refuses one of another device before any work
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 
@@ -76,9 +78,9 @@ def run(arguments: Namespace) -> int:
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
         if arguments.record is not None and outcome.losses:
-            from pi_dist.measure.record import training_record, write
+            from pi_dist.measure.record import add_training_run
 
-            write(training_record(config, dist.get_world_size(), outcome), arguments.record)
+            add_training_run(arguments.record, config, dist.get_world_size(), outcome)
     return 0
 
 

@@ -82,13 +82,17 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
     }
 
 
-def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
-    """The record of one training run; the step's time is the median without the first steps.
+def add_training_run(path: str, config: Config, world_size: int, outcome: Outcome) -> None:
+    """Add a row of one training run to the record at `path`; its time is the median without the first steps.
 
-    Those are five, or half of a short run. The run must have made a step. text_tokens are those of the
-    training text: with "join", a context of more repeats it.
+    Those are five, or half of a short run; the first of them compiles. The run must have made a step.
+    text_tokens are those of the training text: with "join", a context of more repeats it.
+
+    Raises:
+        UserError: the record is of another device or of other versions.
     """
     t = config.training
+    record = resume(path, {})
     seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
     row = step_row(config, world_size, seconds, outcome.num_parameters) | {
         "first_loss": outcome.losses[0],
@@ -96,22 +100,20 @@ def training_record(config: Config, world_size: int, outcome: Outcome) -> dict:
         "heldout_loss": outcome.heldout_loss,
         "packing": config.data.packing,
         "text_tokens": ShardIndex.open(config.data.train).num_tokens,
-        "chunk_tokens": t.chunk_tokens,
         "kept_rows": outcome.kept and ("host" if outcome.kept.host else "device"),
         "kept_mib": outcome.kept and round(outcome.kept.size.rows / 2**20, 1),
         "host_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
+        "steps": len(outcome.step_seconds),
+        "seed": t.seed,
+        "data": Path(config.data.train).parent.name,
+        "command": _command(),
     }
-    return {
-        "command": " ".join(["pi-dist", *sys.argv[1:]]),
-        "device": device_name(),
-        "versions": versions(),
-        "settings": {
-            "steps": len(outcome.step_seconds),
-            "seed": t.seed,
-            "data": Path(config.data.train).parent.name,
-        },
-        "rows": [row],
-    }
+    record["rows"].append(row)
+    write(record, path)
+
+
+def _command() -> str:
+    return " ".join(["pi-dist", *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
@@ -135,7 +137,7 @@ def resume(path: str | None, settings: dict) -> dict:
         UserError: it is a record of another device or of other versions.
     """
     fresh = {
-        "command": "pi-dist " + " ".join(sys.argv[1:]),
+        "command": _command(),
         "device": device_name(),
         "versions": versions(),
         "settings": settings,

@@ -26,6 +26,8 @@ def markdown_table(record: dict) -> str:
         return _kernel_table(record["rows"])
     if any("exposed_share" in row for row in record["rows"]):
         return _sp_table(record["rows"])
+    if all(row.get("chunk_tokens") for row in record["rows"]):
+        return _chunks_table(record["rows"])
 
     def cell(value: object) -> str:
         if isinstance(value, float):
@@ -39,6 +41,36 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table."""
     rows = (" | ".join(["", *line, ""]).strip() for line in (head, *lines))
     return "\n".join([next(rows), "|---" * len(head) + "|", *rows])
+
+
+def _chunks_table(rows: list[dict]) -> str:
+    """Optimizer steps of one long sequence in chunks: what it takes, and how far the pattern reaches."""
+    head = [
+        "parameters",
+        "k",
+        "M",
+        "context",
+        "chunk",
+        "s a step",
+        "tokens/s",
+        "peak GiB",
+        "rows kept",
+        "reach",
+    ]
+    lines = [
+        [
+            f"{row['num_parameters'] / 1e6:.0f} M",
+            *(str(row[key]) for key in ("window", "num_skips")),
+            *(f"{row[key]:,}" for key in ("tokens", "chunk_tokens")),
+            f"{row['ms'] / 1e3:.1f}",
+            f"{row['tokens_per_s']:,}",
+            f"{row['peak_mib'] / 1024:.1f}",
+            f"{row['kept_mib']:,.0f} MiB, {row['kept_rows']}",
+            f"{row['reach']:,} ({row['covered_share']:.2%})",
+        ]
+        for row in rows
+    ]
+    return table(head, lines)
 
 
 def _kernel_table(rows: list[dict]) -> str:
