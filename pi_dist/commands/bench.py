@@ -31,6 +31,9 @@ def parser() -> ArgumentParser:
     )
     p.add_argument("--head-dim", type=int, default=64, help="blocks: the head_dim to choose tile sizes for")
     p.add_argument(
+        "--entries", type=str | None, default=None, help="blocks: of the table, with commas; default: all"
+    )
+    p.add_argument(
         "--minutes", type=float, default=8.0, help="kernel, sp, step: stop after so long; run again to go on"
     )
     p.add_argument(
@@ -84,7 +87,8 @@ def run(arguments: Namespace) -> int:
     if arguments.what == "blocks":
         from pi_dist.measure.kernel_tuning import tune
 
-        tune(arguments.head_dim, arguments.json)
+        entries = arguments.entries and arguments.entries.split(",")
+        tune(arguments.head_dim, entries, arguments.json)
         return 0
     if arguments.what == "faults":
         _faults(arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,15 +32,15 @@ def _candidates(
     if kernel == "narrow":
         yield from ((64, 64, 4, 1, 0, cap) for cap in ((None,) if wide else (None, 168, 160, 128)))
         yield (64, 64, 8, 1, 0, None)
-    elif kernel == "walk":
+    if kernel == "walk":
         yield from ((64, owned, 4, 2, 0, None) for owned in (512, 1024, 2048))
-    elif kernel == "fwd" and band <= 64:
+    if kernel == "fwd" and band <= 64:  # a tile and its halo at once
         yield from (
             (64, 64, 4, 1, max(16, band), cap) for cap in ((None, 128) if wide else (None, 128, 96, 80))
         )
         if wide:
             yield (64, 64, 8, 1, max(16, band), None)
-    else:
+    if kernel in ("keys", "queries") or (kernel == "fwd" and band > 32):  # tile after tile
         for block_n, stages in ((64, 2), (32, 2), (32, 3)):
             yield from ((64, block_n, 4, stages, 0, cap) for cap in ((None,) if wide else (None, 168, 128)))
         if wide:
@@ -48,7 +48,7 @@ def _candidates(
 
 
 def trials(head_dim: int) -> list[Trial]:
-    """Everything that is timed; entries for windows come first, since patterns with skips use them too."""
+    """All that there are; entries for windows come first, since patterns with skips use them too."""
     from pi_dist.kernels.block_sizes import BANDS, name
     from pi_dist.ops.triton_launches import NARROW, WALKED, WALKED_BYTES
 
@@ -94,12 +94,13 @@ def _warm_up(trial: Trial) -> None:
         print(f"{trial.entry} {trial.sizes}: {type(error).__name__}")
 
 
-def tune(head_dim: int, path: str | None = None) -> None:
-    """Time all candidates for a head_dim on this GPU; write the table with the fastest to `path`, or where it
-    lies.
+def tune(head_dim: int, entries: Sequence[str] | None = None, path: str | None = None) -> None:
+    """Time the candidates for a head_dim on this GPU, of these entries or all.
+
+    The table with the fastest is written to `path`, or where it lies.
 
     Raises:
-        UserError: no GPU.
+        UserError: no GPU, or an entry that there is not.
     """
     from triton import OutOfResources
     from triton.runtime.errors import PTXASError
@@ -112,7 +113,9 @@ def tune(head_dim: int, path: str | None = None) -> None:
         )
     if head_dim not in HEADS:
         raise UserError(f"bench blocks: head_dim ({head_dim}) in {tuple(HEADS)} does not hold")
-    wanted = trials(head_dim)
+    wanted = [trial for trial in trials(head_dim) if entries is None or trial.entry in entries]
+    if unknown := set(entries or ()) - {trial.entry for trial in wanted}:
+        raise UserError(f"bench blocks: entries ({', '.join(unknown)}) of head_dim {head_dim} does not hold")
     compile_all(wanted, _warm_up)
     best: dict[str, tuple[float, Trial]] = {}
     tensors, current = None, None
