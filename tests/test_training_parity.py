@@ -187,6 +187,41 @@ def test_bf16_stays_within_the_error_of_bf16(zero_stage):
         check(ranks.run(on_a_rank, 2, [zero_stage], {"precision": "bf16"}, False), tolerance=0.06)
 
 
+def two_steps_on_a_rank(stage):
+    """Gradients of two steps of two micro-steps each, alike, whose updates are too small to count."""
+    mesh = make_mesh(2, torch.device("cpu"))
+    training = TrainingConfig(
+        context=CONTEXT,
+        batch_size=ROWS,
+        micro_batch_size=2,
+        warmup_steps=1,
+        precision="bf16",
+        learning_rate=1e-30,
+        min_learning_rate=0.0,
+    )
+    config = Config(model=MODEL, parallel=ParallelConfig(sp_degree=2, zero_stage=stage), training=training)
+    engine = Engine(PiTransformer(MODEL, CONTEXT, 1), config, mesh)
+    valid = (global_batch()[1] != IGNORE).sum()
+    found = []
+    for _ in range(2):
+        for number, batch in enumerate(HeldOut(mesh, training, config.balanced).evaluate()):
+            if number:
+                engine.step(0)
+            for loss_sum in streamed_losses(engine, mesh, batch, config.parallel, SEED, None):
+                engine.backward(loss_sum, valid)
+        found.append({name: gradient.clone() for name, gradient in engine.gradients()})
+        engine.step(0)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_leaves_no_gradient_to_the_next(stage):
+    with Ranks(2) as ranks:
+        for first, second in ranks.run(two_steps_on_a_rank, stage):
+            for name, gradient in first.items():
+                assert gradient.abs().sum() > 0 and torch.equal(second[name], gradient), name
+
+
 @pytest.mark.parametrize("method", ["window", "ring", "ulysses", ["pi", "ring"], ["ulysses", "pi"]], ids=str)
 def test_other_methods_and_mixed_stacks_equal_one_process(method):
     """In ZeRO 1 and 3, with recomputation."""
