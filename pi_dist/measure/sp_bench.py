@@ -6,7 +6,6 @@ another number of ranks: rows with one rank are the baseline of weak and strong 
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Iterator
@@ -31,7 +30,17 @@ from pi_dist.config import (
 )
 from pi_dist.measure.cost_model import exchanged_bytes
 from pi_dist.measure.record import step_row
-from pi_dist.measure.steps import PAPER, WIDE, Record, Steps, agreed, check_presets, model_of, most
+from pi_dist.measure.steps import (
+    PAPER,
+    WIDE,
+    Record,
+    Steps,
+    agreed,
+    check_presets,
+    collect_garbage,
+    model_of,
+    most,
+)
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms, kernels_of
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import Mesh, make_mesh
@@ -267,7 +276,7 @@ def _run(
         if engine is not None:
             engine.close()
             del engine, model
-            gc.collect()  # the next setup's memory is to be its own
+            collect_garbage()  # the next setup's memory is to be its own
     return True
 
 

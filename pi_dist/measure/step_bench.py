@@ -7,7 +7,6 @@ that are not compiled. Long contexts also in chunks.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 
 from pi_dist.config import Config, ParallelConfig, TrainingConfig, UserError, check
 from pi_dist.measure.record import step_row
-from pi_dist.measure.steps import PAPER, WIDE, Record, Row, Steps, check_presets, model_of
+from pi_dist.measure.steps import PAPER, WIDE, Record, Row, Steps, check_presets, collect_garbage, model_of
 from pi_dist.measure.timeline import PARTS, Profile, busy_ms, parts_ms, profiled
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import Mesh, make_mesh
@@ -137,7 +136,7 @@ def measure(setup: Setup, mesh: Mesh) -> Row:
         with _Running(replace(setup, tokens=2 * setup.chunk_tokens), mesh) as short:
             short.steps.timed()  # all that is compiled, in two chunks
         del short
-        gc.collect()
+        collect_garbage()
     with _Running(setup, mesh) as running:
         steps = running.steps
         if cuda:
@@ -219,7 +218,7 @@ def bench(
             except BaseException:
                 record.attempt(None)
                 raise
-        gc.collect()  # the next setup's memory is to be its own
+        collect_garbage()  # the next setup's memory is to be its own
         record.add(row | vars(setup))
         left.pop(0)
     record.close(not left)
