@@ -44,7 +44,7 @@ def test_summed_cross_entropy_and_its_gradients(rows):
 def test_bf16_adds_weight_gradients_up_in_fp32(autocast, monkeypatch):
     """In 20 tiles, with bf16 parameters or with fp32 ones under autocast: as exact as one product in fp32."""
     monkeypatch.setattr(loss, "_PLAIN_ELEMENTS", 128 * 37)
-    monkeypatch.setattr(loss, "_KERNEL_ELEMENTS", 128 * 37)
+    monkeypatch.setattr(loss, "KERNEL_ELEMENTS", 128 * 37)
     hidden, weight, labels = draw(20 * 128, 37, dtype=torch.bfloat16)
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     if autocast:

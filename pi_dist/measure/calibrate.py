@@ -85,18 +85,24 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
 def fit_memory(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
     """The profile with the block_copies and fixed_mib that fit (config, ranks, peak MiB) best.
 
-    Steps whose peak is in the loss say nothing of blocks, and are left out.
+    Memory is linear in both, but for the steps whose peak is not in an MLP, where block_copies say nothing;
+    which these are depends on it, so the fit is repeated.
     """
-    rows, target = [], []
-    for config, ranks, peak in jobs:
-        base = memory(config, ranks, replace(profile, block_copies=0.0, fixed_mib=0.0))
-        if base.working < memory(config, ranks, replace(profile, fixed_mib=0.0)).working:
-            t = config.training
-            tokens = min(t.context, t.chunk_tokens or t.context) // config.parallel.sp_degree
-            rows.append([tokens * config.model.hidden_size * 2 / MIB / peak, 1 / peak])
-            target.append(1 - (base.states + base.kept) / peak)
-    copies, fixed = least_squares(np.array(rows), np.array(target))
-    return replace(profile, block_copies=float(copies), fixed_mib=float(fixed))
+    tried: set[float] = set()
+    while profile.block_copies not in tried:
+        tried.add(profile.block_copies)
+        rows, target = [], []
+        for config, ranks, peak in jobs:
+            at, above = (
+                memory(config, ranks, replace(profile, block_copies=copies, fixed_mib=0.0)).total
+                for copies in (profile.block_copies, profile.block_copies + 1e-3)
+            )
+            slope = (above - at) / 1e-3
+            rows.append([slope / peak, 1 / peak])
+            target.append(1 - (at - slope * profile.block_copies) / peak)
+        copies, fixed = least_squares(np.array(rows), np.array(target))
+        profile = replace(profile, block_copies=round(float(copies), 6), fixed_mib=float(fixed))
+    return profile
 
 
 def jobs_of(record: dict[str, Any], value: str) -> list[tuple[Config, int, float]]:

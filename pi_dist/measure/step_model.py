@@ -8,23 +8,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pi_dist.config import EXACT_METHODS, Config, accumulation_steps, num_chunks
+from pi_dist.config import EXACT_METHODS, Config, Method, accumulation_steps, num_chunks
 from pi_dist.measure.cost_model import BYTES, exchanged_bytes
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.model.flops import matmul_parameters
+from pi_dist.model.loss import KERNEL_ELEMENTS, tile_rows
 from pi_dist.ops.pattern import layer_patterns
 
 MIB = 2**20
 _BUCKET = 500_000_000  # elements of DeepSpeed's default reduce bucket
 _LIVE_PARAMETERS = 1_000_000_000  # that ZeRO 3 gathers at most ahead of their use, DeepSpeed's default
-_TILE = 2**29  # logits that the loss holds at a time on a GPU; their gradient takes their place
 _LOGIT_MOVES = 6  # times that each is read or written: by three products, and by the loss
 _PRODUCT_COPIES = 11  # of a block's copies, matrix products and what attention needs
 _NEAR_SHARE = 0.6  # of the memory, that kept rows may take before they go to the host
-_GRADIENT_COPIES = (
-    6  # of a block's copies, those that only its backward pass makes: of the wide MLP and inputs
-)
+# Of a block's copies, those that only its backward pass makes: of the wide MLP and inputs.
+_GRADIENT_COPIES = 6
+# Copies in the backward pass of dense attention, by its code: q, k, v and what they are parts of, out and its
+# gradient, the sums of gradients in fp32, a block's own, and the kernel's workspace.
+_EXACT_COPIES = 23
+# Beyond them, in a ring: keys and values that are held and that arrive, and sums of gradients that arrive.
+_RING_COPIES = 7
+_RING_COPIES_OF_TWO = 5  # no keys arrive while others than a rank's own are worked on
+_ULYSSES_COPIES = -2  # what is gathered takes the place of what it was gathered from
 _STATE_BYTES = 28  # read and written by AdamW for each parameter of a partition
+_ADDED_BYTES = 12  # for each parameter, where a further micro-step's gradient is added to an fp32 one
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,11 @@ def num_parameters(config: Config) -> int:
 
 
 def state_bytes(config: Config, world_size: int) -> tuple[float, float]:
-    """(at rest, during the backward pass) bytes of parameters, optimizer states and gradients of a rank.
+    """(at rest, at the end of the backward pass) bytes of parameters, optimizer states, gradients of a rank.
 
-    As DeepSpeed 0.19 holds them: in bf16 ZeRO 1 keeps a whole fp32 gradient, ZeRO 2 whole gradients in bf16
-    and its part in fp32, ZeRO 3 its parts; the latter two have a bucket of 5e8 elements, in fp32 all three.
+    As DeepSpeed 0.19 holds them: in bf16 ZeRO 1 keeps a whole fp32 gradient, and one in bf16 that is made in
+    the backward pass; ZeRO 2 whole gradients in bf16 and its part in fp32, ZeRO 3 its parts; the latter two
+    have a bucket of 5e8 elements, in fp32 all three.
     """
     n, stage = num_parameters(config), config.parallel.zero_stage
     element = BYTES[config.training.precision] if stage > 0 else 4
@@ -83,7 +91,7 @@ def state_bytes(config: Config, world_size: int) -> tuple[float, float]:
         return 4 * n + 8 * n, 16 * n
     if stage == 1:
         rest = element * n + states + 4 * n
-        return rest, rest + (element * _BUCKET if element == 4 else 0)
+        return rest, rest + (element * n if element == 2 else element * _BUCKET)
     if stage == 2:
         rest = 2 * element * n + states
         return rest, rest + 4 * own + element * _BUCKET
@@ -91,16 +99,36 @@ def state_bytes(config: Config, world_size: int) -> tuple[float, float]:
     return rest, rest + element * min(n, _LIVE_PARAMETERS)
 
 
+def _passing_gradients(config: Config) -> float:
+    """Bytes of gradients, of those at the end of the backward pass, that are not there when a step begins."""
+    stage, bf16 = config.parallel.zero_stage, config.training.precision == "bf16"
+    return num_parameters(config) * (4 if stage == 0 else 2 if stage == 1 and bf16 else 0)
+
+
+def attention_copies(method: Method, num_ranks: int) -> float:
+    """Copies of [tokens, d] that live in the backward pass of attention; 0: fewer than in that of the MLP."""
+    if method not in EXACT_METHODS:
+        return 0.0
+    if method == "ulysses" and num_ranks > 1:
+        return _EXACT_COPIES + _ULYSSES_COPIES
+    if method == "ring" and num_ranks > 1:
+        return _EXACT_COPIES + (_RING_COPIES if num_ranks > 2 else _RING_COPIES_OF_TWO)
+    return _EXACT_COPIES
+
+
 def memory(config: Config, world_size: int, profile: Profile) -> Memory:
-    """What a rank allocates at most in one step; every term in MiB."""
+    """What a rank allocates at most in one step; every term in MiB.
+
+    At most: in the loss, or in the backward pass of the last block, when no gradient of another is there yet,
+    or of the first, when all are.
+    """
     m, t, p = config.model, config.training, config.parallel
     chunks = num_chunks(t)
     tokens = t.micro_batch_size * (t.context // p.sp_degree)
     here = -(-tokens // chunks)  # that go through the model at a time
     row = m.hidden_size * BYTES[t.precision]  # one token's hidden state
     recomputed = t.activation_checkpointing is True
-    kept = here * row * (m.num_layers if recomputed else 1)  # inputs of blocks
-    kept += 16 * here  # tokens and labels
+    kept = here * (16 + 4 * m.head_dim)  # tokens and labels, rotary positions
     if chunks > 1:
         kv = 2 * m.kv_heads * m.head_dim * BYTES[t.precision]
         reach = (min(pattern.reach(), here) for pattern in layer_patterns(m, t.context))
@@ -110,22 +138,40 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
         ):  # rows of two chunks stay
             rows *= min(1.0, 2 / (chunks - 1))
         kept += rows
+    inputs = here * row * (m.num_layers if recomputed else 1)  # of blocks
     gradients = _GRADIENT_COPIES * here * row
-    block = profile.block_copies * here * row - gradients  # what the backward pass of a block reads
-    tile = min(_TILE, here * m.vocab_size)
-    loss = 3 * here * row + 4 * m.vocab_size * m.hidden_size + BYTES[t.precision] * tile
+    copies = max(profile.block_copies, *(attention_copies(method, p.sp_degree) for method in m.methods))
+    block = copies * here * row - gradients  # what the backward pass of a block reads
+    tile = tile_rows(here, m.vocab_size, KERNEL_ELEMENTS)
+    loss = 3 * here * row + 4 * m.vocab_size * m.hidden_size
+    loss += tile * (m.vocab_size * BYTES[t.precision] + row)
     if recomputed:
-        working = max(block + gradients, loss)
+        all_blocks, own = 0, block
     elif t.activation_checkpointing == "selective":
-        working = m.num_layers * _PRODUCT_COPIES * here * row + max(block + gradients, loss)
+        all_blocks, own = m.num_layers * _PRODUCT_COPIES * here * row, block
     else:
-        working = m.num_layers * block + max(gradients, loss)
-    return Memory(state_bytes(config, world_size)[1] / MIB, kept / MIB, working / MIB + profile.fixed_mib)
+        all_blocks, own = m.num_layers * block, 0
+    _, full = state_bytes(config, world_size)
+    begun = full
+    if accumulation_steps(config, world_size) * chunks == 1:
+        begun -= _passing_gradients(config)
+    of_head = (full - begun) * m.vocab_size * m.hidden_size / num_parameters(config)
+    moments = (
+        (begun, inputs, all_blocks + loss),
+        (begun + of_head, inputs, all_blocks + own + gradients),
+        (full, inputs / m.num_layers if recomputed else inputs, block + gradients),
+    )
+    states, inputs, working = max(moments, key=sum)
+    return Memory(states / MIB, (kept + inputs) / MIB, working / MIB + profile.fixed_mib)
 
 
-def forward_passes(config: Config) -> int:
-    """How often a block is computed in one step: again where its backward pass recomputes it all."""
-    return 2 if config.training.activation_checkpointing is True or config.training.chunk_tokens else 1
+def forward_passes(config: Config) -> float:
+    """How often a block is computed in one step: again where its backward pass recomputes it all.
+
+    In chunks once more, but not the last one: for the rows that are kept of it.
+    """
+    passes = 2.0 if config.training.activation_checkpointing is True else 1.0
+    return passes + 1 - 1 / num_chunks(config.training)
 
 
 def exact_flops(config: Config) -> float:
@@ -163,17 +209,18 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     seconds += tokens * m.vocab_size * _LOGIT_MOVES * element / profile.copy_bytes_per_s
     steps = accumulation_steps(config, world_size)
     states = num_parameters(config) * (_STATE_BYTES / (world_size if p.zero_stage else 1) + 8)
+    states += num_parameters(config) * _ADDED_BYTES * (steps * num_chunks(t) - 1)
     return Work(
         matmul_flops=steps * flops,
         moved_bytes=steps * tokens * m.num_layers * m.hidden_size * element * (forwards + 2) / 4,
-        layers=steps * m.num_layers * num_chunks(t),
+        layers=steps * m.num_layers * num_chunks(t) * (forwards + 2) / 4,
         exact_forward_flops=steps * forwards * exact_layers * exact_flops(config),
         exact_backward_flops=steps * 2.5 * exact_layers * exact_flops(config),
         fixed_seconds=steps * seconds + states / profile.copy_bytes_per_s,
     )
 
 
-def _kernel_seconds(config: Config, profile: Profile, forwards: int) -> float:
+def _kernel_seconds(config: Config, profile: Profile, forwards: float) -> float:
     """Of our attention kernels in one micro-step of one rank."""
     m, t = config.model, config.training
     tokens, total = t.micro_batch_size * t.context // config.parallel.sp_degree, 0.0
@@ -184,7 +231,7 @@ def _kernel_seconds(config: Config, profile: Profile, forwards: int) -> float:
     return total * m.head_dim / 64
 
 
-def _merge_seconds(config: Config, profile: Profile, forwards: int) -> float:
+def _merge_seconds(config: Config, profile: Profile, forwards: float) -> float:
     """Of ring attention's sums over its steps, in fp32: out and lse forward, three gradients backward."""
     m, t, p = config.model, config.training, config.parallel
     rings = sum(method == "ring" for method in m.methods)
@@ -229,7 +276,7 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
 
 
 def _layer_wait(
-    config: Config, method: str, sent: float, forwards: int, rate: float, latency: float, profile: Profile
+    config: Config, method: str, sent: float, forwards: float, rate: float, latency: float, profile: Profile
 ) -> float:
     """Seconds that one layer waits in one micro-step (of one chunk), for `sent` bytes of the whole step."""
     t, ranks, passes = config.training, config.parallel.sp_degree, forwards + 1

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # label of a position that has no next token
 # logits held at a time: plain PyTorch takes several copies of them, the kernel none
-_PLAIN_ELEMENTS, _KERNEL_ELEMENTS = 2**25, 2**29
+_PLAIN_ELEMENTS, KERNEL_ELEMENTS = 2**25, 2**29
 _TILE_ROWS = 128  # tiles are multiples of it, as the matrix products like them
 
 
@@ -46,11 +46,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiles(rows: int, vocab: int, elements: int) -> Iterator[slice]:
-    """Equal tiles of rows with about so many logits."""
+def tile_rows(rows: int, vocab: int, elements: int) -> int:
+    """Rows of one of the equal tiles that have about so many logits each."""
     count = -(-rows * vocab // elements)
     size = -(-rows // max(1, count))
-    size = -(-size // _TILE_ROWS) * _TILE_ROWS
+    return -(-size // _TILE_ROWS) * _TILE_ROWS
+
+
+def _tiles(rows: int, vocab: int, elements: int) -> Iterator[slice]:
+    size = tile_rows(rows, vocab, elements)
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
@@ -70,7 +74,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         if hidden.is_cuda and dtype != torch.float64:
             from pi_dist.kernels.cross_entropy import cross_entropy_ as losses_of
 
-            elements = _KERNEL_ELEMENTS
+            elements = KERNEL_ELEMENTS
         else:
             losses_of, elements = cross_entropy_, _PLAIN_ELEMENTS
         total = hidden.new_zeros((), dtype=_accumulator(dtype))
