@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig
-from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, LiveBytes, Request, measured_apart, typical_rank
+from pi_dist.measure import stand_ins
+from pi_dist.measure.fake_ranks import (
+    OUT_OF_MEMORY,
+    LiveBytes,
+    Request,
+    Worker,
+    few_chunks,
+    measured_apart,
+    typical_rank,
+)
 from pi_dist.measure.step_model import MIB, num_parameters, state_bytes
+from pi_dist.ops.exact_attention import ExactBlock
+from pi_dist.parallel import ring_attention
 
 CONTEXT = 512
 
@@ -74,20 +85,72 @@ def test_the_memory_of_a_fake_rank_is_that_of_real_ones(method, zero_stage):
 
 
 def test_requests_that_share_a_process_do_not_add_up():
-    config = job("window", 2, 1)
-    once, again = measured_apart([Request(config, 2, 1), Request(config, 2, 1)], 100.0)
-    assert again["peak_mib"] == pytest.approx(once["peak_mib"], rel=0.01)
+    """With other methods, numbers of ranks and ZeRO stages between them."""
+    jobs = [("window", 4, 1), ("ring", 2, 2), ("dense", 1, 1), ("pi", 8, 1), ("ring", 4, 0), ("window", 4, 1)]
+    requests = [Request(job(method, p, stage), p, p // 2) for method, p, stage in jobs]
+    with Worker() as worker:
+        rows = [worker.ask(request, 100.0) for request in requests]
+        assert [(row["status"], row["world_size"]) for row in rows] == [("ok", p) for _, p, _ in jobs]
+    assert {row["left_mib"] for row in rows} == {0.0}
+    for key in ("peak_mib", "resting_mib"):
+        assert rows[-1][key] == pytest.approx(rows[0][key], rel=0.01), key
 
 
-def test_what_ends_the_process_is_told_in_words():
+def test_what_ends_the_process_is_told_in_words_and_the_next_has_another():
     config = job("window", 2, 1)
-    (row,) = measured_apart([Request(config, 2, 7)], 100.0)
-    assert row["status"].startswith("ended with exit status 1: ")
-    (row,) = measured_apart([Request(config, 2, 1)], 0.01)
-    assert row["status"] == "no answer within 0 s"
-    (row,) = measured_apart([Request(dataclasses.replace(config, parallel=ParallelConfig(3)), 2, 1)], 100.0)
-    assert "sp_degree (3) == 0 does not hold" in row["status"]
-    assert OUT_OF_MEMORY not in row["status"]
+    with Worker() as worker:
+        row = worker.ask(Request(config, 2, 7), 100.0)
+        assert row["status"].startswith("ended with exit status 1: "), row
+        assert worker.ask(Request(config, 2, 1), 0.01) == {"status": "no answer within 0 s"}
+        row = worker.ask(Request(dataclasses.replace(config, parallel=ParallelConfig(3)), 2, 1), 100.0)
+        assert "sp_degree (3) == 0 does not hold" in row["status"] and OUT_OF_MEMORY not in row["status"]
+        assert worker.ask(Request(config, 2, 1), 100.0)["status"] == "ok"
+
+
+def test_memory_alone_is_that_of_whole_steps():
+    """Exact attention that only allocates, and of many chunks the backward pass of two."""
+    configs = [job("ring", 4, 1), job("ulysses", 2, 1), job("pi", 2, 1, chunk_tokens=64)]
+    assert [few_chunks(config, 2) is None for config in configs] == [True, True, False]
+    with Worker() as worker:
+        for config in configs:
+            p = config.parallel.sp_degree
+            alone, timed = (worker.ask(Request(config, p, p // 2, timed_steps=t), 100.0) for t in (0, 1))
+            assert alone["ms"] is None and timed["ms"] > 0
+            assert alone["peak_mib"] == pytest.approx(timed["peak_mib"], rel=0.01), config.model.method
+
+
+def test_chunks_that_look_far_back_are_all_run():
+    far = job("pi", 2, 1, chunk_tokens=64, window=4, stride=65)
+    assert few_chunks(far, 2) is None and few_chunks(job("pi", 2, 1, chunk_tokens=256), 2) is None
+
+
+def test_a_stand_in_runs_each_shape_once_and_scales_what_it_allocates(monkeypatch):
+    ran, shape = [], (1, 100, 2, 8)
+
+    def kernel(block, q, k, v):
+        ran.append((q.shape[1], k.shape[1]))
+        return q, q[..., 0]
+
+    monkeypatch.setattr(stand_ins, "exact_attention_fwd", kernel)
+    monkeypatch.setattr(stand_ins, "PROBE_TOKENS", 40)
+
+    def extra_bytes(call):
+        call()
+        return 1000
+
+    q, block = torch.ones(shape, dtype=torch.bfloat16), ExactBlock(True, None, None, 1.0)
+    with stand_ins.StandIns(extra_bytes).in_place(), LiveBytes() as live:
+        for keys in (100, 50, 100):
+            out, lse = ring_attention.exact_attention_fwd(block, q, q[:, :keys], q[:, :keys])
+            assert (
+                out.shape == q.shape
+                and not out.any()
+                and (lse.shape, lse.dtype) == ((1, 100, 2), torch.float32)
+            )
+            live.peak, peak = live.now, live.peak
+            assert peak - live.now == pytest.approx(1000 * (100 + keys) / 80, abs=1)
+            del out, lse
+    assert ran == [(40, 40), (40, 40)]
 
 
 def test_live_bytes_counts_storages_once_until_they_die():

@@ -2,25 +2,28 @@
 
 PyTorch's fake process group answers every collective at once. What others would send is zero instead, so
 losses mean nothing, but this rank allocates and computes what it would in the job: its peak of memory is
-measured, and its step time without communication. Measurements run in a process of their own, so running out
-of memory ends nothing else.
+measured, and its step time without communication. Where no time is asked for, exact attention only takes its
+memory (`stand_ins`). Measurements run in a process of their own, so running out of memory ends nothing else;
+it is kept for the next, as long as nothing of the last one is left in it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import os
+import selectors
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import IO, Any
 from unittest.mock import patch
 
 import torch
@@ -28,21 +31,24 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pi_dist.config import Config, UserError, accumulation_steps, check, compiles
-from pi_dist.data.loader import Batch
-from pi_dist.measure.steps import random_batch
+from pi_dist.config import Config, UserError, accumulation_steps, check, num_chunks
+from pi_dist.measure.stand_ins import StandIns
+from pi_dist.measure.steps import collect_garbage, most, random_batch
 from pi_dist.model.transformer import PiTransformer
+from pi_dist.ops.pattern import layer_patterns
 from pi_dist.parallel.kept_keys import Placement
-from pi_dist.parallel.mesh import Mesh, make_mesh
+from pi_dist.parallel.mesh import make_mesh
 from pi_dist.parallel.process_group import choose_device, start
-from pi_dist.training.deepspeed_engine import Engine, unchecked_across_ranks
+from pi_dist.training.deepspeed_engine import Engine, forget_groups, unchecked_across_ranks
 from pi_dist.training.kept_memory import Memory, free_host_memory, plan_kept_rows
 from pi_dist.training.streaming import ON_DEVICE, evaluated_loss, streamed_losses
 
 OUT_OF_MEMORY = "out of memory"
 _MARK = "measured rank: "  # before the row, on standard output, which DeepSpeed writes to as well
 _GRACE_S = 45.0  # torchrun gives its ranks 30
-_LONG_S = 3.0  # a step that takes longer is timed once
+_LONG_S = 1.0  # a step that takes longer is timed once
+_MANY_CHUNKS = 6  # of more, three warm up, and two have the peak
+_LEFT_MIB = 80.0  # that one measurement may leave to the next: as a fresh one, it has cuBLAS's workspaces
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class Request:
         config: of the job; checked for `world_size` ranks.
         rank: which rank to be; None: the real ranks of the launcher.
         limit_mib: memory that the rank may reserve on a GPU; None: all there is.
-        timed_steps: optimizer steps, and forward passes, to take the median time of, after two steps that
-            warm up; 0: no time.
+        timed_steps: optimizer steps to take the median time of, after two more; of a step that takes long,
+            the second is the only one. 0: no time, and exact attention takes its memory only.
+        forward_too: time as many forward passes.
     """
 
     config: Config
@@ -62,6 +69,7 @@ class Request:
     rank: int | None
     limit_mib: float | None = None
     timed_steps: int = 0
+    forward_too: bool = True
 
 
 def typical_rank(config: Config, world_size: int) -> int:
@@ -134,33 +142,43 @@ def _nothing_arrives() -> Iterator[None]:
         yield
 
 
+_LIVE = LiveBytes()  # of this process
+
+
 class _Memory:
     """Peak, reserved and resting memory of this process's tensors, in MiB."""
 
-    def __init__(self, device: torch.device, live: LiveBytes) -> None:
-        self.cuda, self.live = device.type == "cuda", live
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self._seen = device.type == "cuda", 0
 
     def reset(self) -> None:
+        self._seen = 0
         if self.cuda:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.live.peak = self.live.now
+        else:
+            _LIVE.peak = _LIVE.now
+
+    def peak(self) -> int:
+        """Bytes, since `reset`."""
+        return max(self._seen, torch.cuda.max_memory_allocated() if self.cuda else _LIVE.peak)
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else _LIVE.now
+
+    def extra_bytes(self, call: Callable[[], Any]) -> int:
+        """What a call allocates at its peak, beside what it returns."""
+        before = self.peak()
+        self.reset()
+        returned = call()
+        extra = self.peak() - self.now()
+        self._seen = max(before, self.peak())
+        del returned
+        return extra
 
     def row(self) -> dict[str, float | None]:
-        if not self.cuda:
-            return {"peak_mib": self._mib(self.live.peak), "reserved_mib": None} | self._resting()
-        found = {
-            "peak_mib": torch.cuda.max_memory_allocated(),
-            "reserved_mib": torch.cuda.max_memory_reserved(),
-        }
-        return {key: self._mib(value) for key, value in found.items()} | self._resting()
-
-    def _resting(self) -> dict[str, float | None]:
-        return {"resting_mib": self._mib(torch.cuda.memory_allocated() if self.cuda else self.live.now)}
-
-    @staticmethod
-    def _mib(size: int) -> float:
-        return round(size / 2**20, 2)
+        reserved = torch.cuda.max_memory_reserved() if self.cuda else None
+        found = {"peak_mib": self.peak(), "reserved_mib": reserved, "resting_mib": self.now()}
+        return {key: None if size is None else round(size / 2**20, 2) for key, size in found.items()}
 
 
 def _placement(config: Config, device: torch.device, request: Request) -> Placement:
@@ -175,38 +193,77 @@ def _placement(config: Config, device: torch.device, request: Request) -> Placem
     return plan_kept_rows(config, Memory(total, host)).placement()
 
 
-def _optimizer_step(engine: Engine, mesh: Mesh, config: Config, batch: Batch, placement: Placement) -> None:
-    t = config.training
-    valid = torch.tensor(float(t.context * t.batch_size), device=mesh.device)
-    for _ in range(accumulation_steps(config, mesh.world_size)):
-        for loss in streamed_losses(engine, mesh, batch, config.parallel, 0, t.chunk_tokens, placement):
-            engine.backward(loss, valid)
-            engine.step(0)
+class _Job:
+    """The engine of a configuration on this rank, and its steps.
 
+    Its weights are random, and made where they are used: nothing depends on them.
+    """
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Of one step; the slowest rank's."""
+    def __init__(self, config: Config, device: torch.device, request: Request) -> None:
+        self.config, self.mesh = config, make_mesh(config.parallel.sp_degree, device)
+        with torch.device(device), patch.object(PiTransformer, "_initialize", _fill):
+            model = PiTransformer.of_run(config, device.type)
+        self.num_parameters = model.num_parameters()
+        self.engine = Engine(model, config, self.mesh)
+        self.batch, self.placement = random_batch(config, self.mesh), _placement(config, device, request)
+        t = config.training
+        self.valid = torch.tensor(float(t.context * t.batch_size), device=device)
 
-    def wait() -> None:
-        if device.type == "cuda":
+    def step(self, chunks: int | None = None) -> None:
+        """An optimizer step; or only the backward pass of so many chunks, the last ones.
+
+        Raises:
+            UserError: it made no finite gradient, or loss.
+        """
+        for _ in range(accumulation_steps(self.config, self.mesh.world_size)):
+            for number, loss in enumerate(self._losses(), 1):
+                self.engine.backward(loss, self.valid)
+                self.engine.step(0)
+                if number == chunks:
+                    _require_finite("loss", loss)
+                    return
+        _require_finite("gradient norm", self.engine.gradient_norm())
+
+    def _losses(self) -> Iterator[torch.Tensor]:
+        p, chunk_tokens = self.config.parallel, self.config.training.chunk_tokens
+        return streamed_losses(self.engine, self.mesh, self.batch, p, 0, chunk_tokens, self.placement)
+
+    def forward(self) -> None:
+        p, chunk_tokens = self.config.parallel, self.config.training.chunk_tokens
+        evaluated_loss(self.engine, self.mesh, self.batch, p, chunk_tokens, self.placement)
+
+    def seconds(self, part: Callable[[], None]) -> float:
+        """Of one step or forward pass; the slowest rank's."""
+        self._wait()
+        dist.barrier()
+        began = time.perf_counter()
+        part()
+        self._wait()
+        return most(time.perf_counter() - began, self.mesh)
+
+    def _wait(self) -> None:
+        if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
 
-    wait()
-    dist.barrier()
-    began = time.perf_counter()
-    step()
-    wait()
-    seconds = torch.tensor(time.perf_counter() - began, device=device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return seconds.item()
+
+def _fill(model: PiTransformer, seed: int) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
+def _require_finite(name: str, value: torch.Tensor) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"fake_ranks: {name} ({float(value)}) < inf does not hold")
 
 
 def measure(request: Request) -> dict[str, Any]:
     """A row about one rank, in this process, whose process group is started here unless it is there.
 
-    Peak and reserved memory are those of the second optimizer step, in which moments are there already;
-    resting memory is what is held after it. ms is of a whole optimizer step, forward_ms of its losses without
-    gradients: both without communication where ranks are fake.
+    Peak memory is that of the second optimizer step, in which moments are there already; resting memory is
+    what is held after it, reserved memory the most of both. ms is of a whole optimizer step, forward_ms of
+    its losses without gradients: both without communication where ranks are fake. Of a sequence in many
+    chunks, three chunks are the first step, and if no time is asked for, the second ends after its peak.
 
     Raises:
         UserError: there is no such GPU, or the step made no finite gradient.
@@ -219,59 +276,76 @@ def measure(request: Request) -> dict[str, Any]:
             _join_fake_group(request.rank, request.world_size)
     else:
         device = start(config.parallel.device, config.parallel.timeout_s)
-    if device.type == "cuda" and request.limit_mib is not None:
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 2**20
-        torch.cuda.set_per_process_memory_fraction(min(1.0, request.limit_mib / total), device)
-    live = LiveBytes()
+        share = 1.0 if request.limit_mib is None else min(1.0, request.limit_mib / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(_nothing_arrives())
             stack.enter_context(unchecked_across_ranks())
         if device.type == "cpu":
-            stack.enter_context(live)
-        return _measured_steps(request, device, _Memory(device, live))
+            stack.enter_context(_LIVE)
+        return _measured_steps(request, device, _Memory(device))
 
 
 def _measured_steps(request: Request, device: torch.device, memory: _Memory) -> dict[str, Any]:
-    config, t = request.config, request.config.training
-    mesh = make_mesh(config.parallel.sp_degree, device)
-    model = PiTransformer(
-        config.model,
-        t.context,
-        activation_checkpointing=t.activation_checkpointing,
-        compiled=compiles(config, device.type),
-    )
-    engine = Engine(model, config, mesh)
-    batch, placement = random_batch(config, mesh), _placement(config, device, request)
+    config, fake = request.config, request.rank is not None
+    stand_ins = StandIns(memory.extra_bytes).in_place if fake else contextlib.nullcontext
+    few = few_chunks(config, request.world_size)
+    if few is not None:
+        short = _Job(few, device, request)
+        try:
+            short.step()
+        finally:
+            short.engine.close()
+        del short
+        _let_go(device)
+    job = _Job(config, device, request)
     try:
-
-        def step() -> None:
-            _optimizer_step(engine, mesh, config, batch, placement)
-
-        def forward() -> None:
-            evaluated_loss(engine, mesh, batch, config.parallel, t.chunk_tokens, placement)
-
-        first = _seconds(step, device)
+        if few is None:
+            with stand_ins():
+                job.step()
+        else:
+            job.engine.create_moments(0)
         memory.reset()
-        times, forward_times = [_seconds(step, device)], []
-        row = memory.row()
-        if not math.isfinite(engine.gradient_norm()):
-            raise UserError(f"fake_ranks: gradient norm ({engine.gradient_norm()}) < inf does not hold")
+        times, forward_times = [], []
         if request.timed_steps:
-            again = request.timed_steps if min(first, *times) < _LONG_S else 0
-            times = [_seconds(step, device) for _ in range(again)] or times
-            forward_times = [_seconds(forward, device) for _ in range(again + 1)][1:]
+            times.append(job.seconds(job.step))
+        else:
+            with stand_ins():
+                job.step(None if few is None else 2)
+        row = memory.row()
+        if request.timed_steps:
+            again = request.timed_steps if times[0] < _LONG_S else 0
+            times = [job.seconds(job.step) for _ in range(again)] or times
+            if request.forward_too:
+                forward_times = [job.seconds(job.forward) for _ in range(again + 1)][-max(1, again) :]
     finally:
-        engine.close()
-    timed = {"ms": times if request.timed_steps else [], "forward_ms": forward_times}
+        job.engine.close()
     return row | {
-        **{key: round(1e3 * statistics.median(found), 3) if found else None for key, found in timed.items()},
-        "num_parameters": model.num_parameters(),
-        "rank": mesh.rank,
+        "ms": _median_ms(times),
+        "forward_ms": _median_ms(forward_times),
+        "num_parameters": job.num_parameters,
+        "rank": job.mesh.rank,
         "world_size": request.world_size,
-        "fake": request.rank is not None,
+        "fake": fake,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
+
+
+def _median_ms(seconds: list[float]) -> float | None:
+    return round(1e3 * statistics.median(seconds), 3) if seconds else None
+
+
+def few_chunks(config: Config, world_size: int) -> Config | None:
+    """The same with three chunks, the first, one between and the last, if all others are alike and many."""
+    t = config.training
+    if num_chunks(t) <= _MANY_CHUNKS or accumulation_steps(config, world_size) > 1:
+        return None
+    if any(pattern.reach() > t.chunk_tokens for pattern in layer_patterns(config.model, t.context)):
+        return None
+    return replace(config, training=replace(t, context=3 * t.chunk_tokens))
 
 
 def _join_fake_group(rank: int, world_size: int) -> None:
@@ -280,25 +354,139 @@ def _join_fake_group(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
 
 
+def _let_go(device: torch.device) -> float:
+    """Free what nothing holds any more; returns the MiB that are held all the same."""
+    collect_garbage()
+    if device.type != "cuda":
+        return _LIVE.now / 2**20
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() / 2**20
+
+
+class Worker:
+    """A process that measures one rank, request after request, each of any rank of any number of ranks.
+
+    A new one takes its place when it ends, does not answer in time, or holds on to memory. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._said = b""
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def ask(self, request: Request, timeout_s: float = 600.0) -> dict[str, Any]:
+        """A row as of `measured_apart`, and left_mib, what the process holds after it.
+
+        An exception that passes through, Ctrl-C too, ends the process.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            row = self._answer(request, time.monotonic() + timeout_s)
+        except BaseException:
+            self._end()
+            raise
+        if row is None:
+            row = {"status": f"no answer within {timeout_s:.0f} s"}
+            self._end()
+        elif row.pop("leaves", True):
+            code = self._end(wait_s=_GRACE_S)
+            if not row:
+                row = {"status": f"ended with exit status {code}: {self._last_words}"}
+        return row
+
+    def _start(self) -> None:
+        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_NAMES}
+        self._errors, self._said = tempfile.TemporaryFile(), b""  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pi_dist.measure.fake_ranks"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+
+    def _answer(self, request: Request, until: float) -> dict[str, Any] | None:
+        """The row; {}: the process ended; None: it is late."""
+        assert self._process is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as reading tells
+            self._process.stdin.write(_as_json(request).encode() + b"\n")
+            self._process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while True:
+                while b"\n" in self._said:
+                    line, self._said = self._said.split(b"\n", 1)
+                    if _MARK.encode() in line:
+                        return json.loads(line.split(_MARK.encode())[1])
+                left_s = until - time.monotonic()
+                if selector.select(min(1.0, max(0.0, left_s))):
+                    more = os.read(self._process.stdout.fileno(), 65536)
+                    if not more:
+                        return {}
+                    self._said += more
+                elif self._process.poll() is not None:  # a process that it left holds its output open
+                    return {}
+                elif left_s <= 0:
+                    return None
+
+    def _end(self, wait_s: float = 0.0) -> int | None:
+        """End the process, after it had so long to end by itself; its exit status."""
+        if self._process is None:
+            return None
+        try:
+            self._process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        code = self._process.wait()
+        self._process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._errors.seek(0)
+        self._last_words = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        self._errors.close()
+        self._process = None
+        return code
+
+
+def _as_json(request: Request) -> str:
+    return json.dumps(asdict(request) | {"config": request.config.to_dict()})
+
+
+def _from_json(values: dict[str, Any]) -> Request:
+    return Request(**values | {"config": Config.from_dict(values["config"])})
+
+
 def measured_apart(requests: Sequence[Request], timeout_s: float = 600.0) -> list[dict[str, Any]]:
     """`measure` in a new process, or with real ranks under a new torchrun on this machine.
 
     Args:
-        requests: of one rank of one number of ranks; they share the process.
+        requests: all of one rank alone, or all of the same number of real ranks.
         timeout_s: for all of them.
 
     Returns:
         For each request a row with "status": "ok", or only the status: OUT_OF_MEMORY, or in words what ended
         the process. Of real ranks it is the row with the highest peak.
     """
-    (ranks,) = {(request.rank, request.world_size) for request in requests}
-    rank, world_size = ranks
-    text = json.dumps([asdict(request) | {"config": request.config.to_dict()} for request in requests])
+    if any(request.rank is None for request in requests):
+        return _of_real_ranks(requests, timeout_s)
+    until = time.monotonic() + timeout_s
+    with Worker() as worker:
+        return [worker.ask(request, max(0.0, until - time.monotonic())) for request in requests]
+
+
+def _of_real_ranks(requests: Sequence[Request], timeout_s: float) -> list[dict[str, Any]]:
+    ((_, world_size),) = {(request.rank, request.world_size) for request in requests}
+    text = f"[{','.join(map(_as_json, requests))}]"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command = [sys.executable, *(launcher if rank is None else []), "-m", "pi_dist.measure.fake_ranks", text]
+    command = [sys.executable, *launcher, "-m", "pi_dist.measure.fake_ranks", text]
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_NAMES}
-    if rank is not None:  # DeepSpeed asks for these
-        environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     said, why = _run(command, environment, timeout_s)
     rows = [json.loads(line.split(_MARK)[1]) for line in said.splitlines() if _MARK in line]
     by_request = [(row.pop("request"), row) for row in rows]
@@ -332,22 +520,55 @@ def _run(command: list[str], environment: dict[str, str], timeout_s: float) -> t
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def main(text: str) -> None:
-    """Measure what requests in JSON ask for, one by one, and print a row for each."""
+def _row(request: Request) -> dict[str, Any]:
+    try:
+        return {"status": "ok"} | measure(request)
+    except torch.OutOfMemoryError:
+        return {"status": OUT_OF_MEMORY}
+    except UserError as error:
+        return {"status": str(error)}
+
+
+def of_real_ranks(text: str) -> None:
+    """One of the real ranks: measure what requests in JSON ask for, one by one, and print a row for each."""
     for index, values in enumerate(json.loads(text)):
-        request = Request(**values | {"config": Config.from_dict(values["config"])})
-        try:
-            row = {"status": "ok"} | measure(request)
-        except torch.OutOfMemoryError:
-            row = {"status": OUT_OF_MEMORY}
-        except UserError as error:
-            row = {"status": str(error)}
+        row = _row(_from_json(values))
         print(_MARK + json.dumps(row | {"request": index}), flush=True)
-        gc.collect()  # the next one's memory is to be its own
-        if row["status"] == OUT_OF_MEMORY and request.rank is None:
+        collect_garbage()  # the next one's memory is to be its own
+        if row["status"] == OUT_OF_MEMORY:
             break  # the others may be in a collective
-    os._exit(0)  # DeepSpeed may abort in its destructors; the others of a real group may hang
+
+
+def _end_with(parent: int) -> None:
+    """Leave the GPU when the process that asks is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def serve() -> None:
+    """Answer requests in JSON, a line each, until there are no more, or one leaves something in memory."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    for line in sys.stdin:
+        request = _from_json(json.loads(line))
+        ranks = {"RANK": request.rank, "WORLD_SIZE": request.world_size, "LOCAL_RANK": 0}
+        os.environ |= {name: str(value) for name, value in ranks.items()}  # DeepSpeed asks for these
+        row = _row(request)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        forget_groups()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # every request has graphs for its own shapes
+        left_mib = round(_let_go(choose_device(request.config.parallel.device, 0)), 2)
+        leaves = left_mib > _LEFT_MIB
+        print(_MARK + json.dumps(row | {"left_mib": left_mib, "leaves": leaves}), flush=True)
+        if leaves:
+            break
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) > 1:
+        of_real_ranks(sys.argv[1])
+    else:
+        serve()
+    os._exit(0)  # DeepSpeed may abort in its destructors; the others of a real group may hang

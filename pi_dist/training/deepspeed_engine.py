@@ -264,7 +264,7 @@ class Engine:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._create_moments(updates)
+        self.create_moments(updates)
         for name, parameter in self._names.items():
             for key in ("weight", *MOMENTS):
                 value = read(name, key).to(self.mesh.device)
@@ -281,7 +281,7 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, value, key)
         self._refresh_parameters()
 
-    def _create_moments(self, updates: int) -> None:
+    def create_moments(self, updates: int) -> None:
         """Give the inner AdamW the state that it would make in its first step, as after `updates` steps."""
         outer = self.engine.optimizer
         inner = outer if self._is_plain() else outer.optimizer
@@ -353,3 +353,13 @@ def unchecked_across_ranks() -> Iterator[None]:
         patch.object(utils, "get_lst_from_rank0", lambda own: own),
     ):
         yield
+
+
+def forget_groups() -> None:
+    """Let DeepSpeed ask for the process group again: another will take the place of the one it knows."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    groups._ALL_TO_ALL_GROUP = {}
