@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pi_dist.cli import main
 from pi_dist.config import PRESETS, Config, ConfigError, ParallelConfig, TrainingConfig, UserError
-from pi_dist.measure import calibrate, kernel_bench, savings
+from pi_dist.measure import calibrate, kernel_bench, savings_points
 from pi_dist.measure.fake_ranks import OUT_OF_MEMORY
 from pi_dist.measure.plan import make_plan
 from pi_dist.measure.profile import (
@@ -29,7 +29,8 @@ from pi_dist.measure.profile import (
     write_profile,
 )
 from pi_dist.measure.record import kept_records
-from pi_dist.measure.savings import Budget, Lab, Terms, config_of, errors, fewest, first_true, parse_budget
+from pi_dist.measure.savings import Budget, Terms, config_of, errors, fewest, first_true, parse_budget
+from pi_dist.measure.savings_points import Bench, Lab, OutOfTime
 from pi_dist.measure.step_model import (
     communication_seconds,
     compute_seconds,
@@ -43,6 +44,7 @@ from pi_dist.model.transformer import PiTransformer
 
 H100 = load_profile("H100")
 LAB = Lab(H100, NETWORKS["infiniband"])
+BENCH = Bench(LAB)  # measures nothing
 
 
 def job(method="pi", context=131072, num_gpus=1, streamed=False, preset="small", **terms):
@@ -171,7 +173,7 @@ def test_a_budget_that_makes_no_sense_is_refused(text):
 
 def test_what_cannot_be_split_is_said_in_words():
     def note(method, context, streamed=False, budget=None):
-        row = fewest("small", method, streamed, context, Budget(budget), Terms(), LAB)
+        row = fewest("small", method, streamed, context, Budget(budget), Terms(), BENCH)
         assert row["gpus"] is None
         return row["note"]
 
@@ -179,41 +181,45 @@ def test_what_cannot_be_split_is_said_in_words():
     assert "does not hold; ring and ulysses are exact" in note("dense", 2**22)
     assert "'ulysses' does not hold" in note("ulysses", 2**22, budget=100.0)
     assert "100 (predicted); more do not help" in note("ring", 2**22, budget=100.0)
-    prime = fewest("large", "ring", False, 1_000_003, Budget(), Terms(), LAB)
+    prime = fewest("large", "ring", False, 1_000_003, Budget(), Terms(), BENCH)
     assert prime["gpus"] is None and "not on 1 GPU" in prime["note"]
     assert "context (4) > model.window (4) does not hold" in note("window", 4)
 
 
 def test_every_row_has_its_reach():
-    rows = {m: fewest("small", m, False, 65536, Budget(), Terms(), LAB) for m in ("pi", "window", "ring")}
+    rows = {m: fewest("small", m, False, 65536, Budget(), Terms(), BENCH) for m in ("pi", "window", "ring")}
     assert {method: row["reach"] for method, row in rows.items()} == {"pi": 192, "window": 48, "ring": 65535}
     assert rows["ring"]["covered_share"] == 1.0
     doubling = Terms(schedule="doubling")
-    assert fewest("small", "pi", False, 65536, Budget(), doubling, LAB)["reach"] > 30000
+    assert fewest("small", "pi", False, 65536, Budget(), doubling, BENCH)["reach"] > 30000
 
 
 class PretendedGpu:
-    """What `measured_apart` would say on a GPU whose memory and speed are these shares of the prediction."""
+    """Says, in place of a worker, what a GPU would whose memory and speed are shares of the prediction."""
 
     def __init__(self, memory_share, time_share):
         self.shares, self.asked = (memory_share, time_share), []
 
-    def __call__(self, requests, timeout_s):
-        (request,) = requests
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, request, timeout_s):
         self.asked.append((request.config.model.method, request.world_size, request.rank))
         point = LAB.predict(request.config, request.world_size)
         mib = point.peak_mib * self.shares[0]
         if mib > request.limit_mib:
-            return [{"status": OUT_OF_MEMORY}]
+            return {"status": OUT_OF_MEMORY}
         compute = compute_seconds(work(request.config, request.world_size, H100), H100)
-        return [{"status": "ok", "peak_mib": mib, "ms": 1e3 * compute * self.shares[1]}]
+        ms = 1e3 * compute * self.shares[1] if request.timed_steps else None
+        return {"status": "ok", "peak_mib": mib, "ms": ms}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     def pretend(memory_share, time_share):
         found = PretendedGpu(memory_share, time_share)
-        monkeypatch.setattr(savings, "measured_apart", found)
+        monkeypatch.setattr(savings_points, "Worker", lambda: found)
+        monkeypatch.setattr(savings_points, "measured_apart", lambda asked, t: [found.ask(asked[0], t)])
         return found
 
     return pretend
@@ -221,29 +227,83 @@ def gpu(monkeypatch):
 
 def test_a_wrong_prediction_is_put_right_by_measuring(gpu):
     lab = dataclasses.replace(LAB, measures=True)
-    assert fewest("small", "pi", False, 2**20, Budget(), Terms(), LAB)["gpus"] == 1
-    asked = gpu(3.5, 1.0)
-    row = fewest("small", "pi", False, 2**20, Budget(), Terms(), lab)
+    assert fewest("small", "pi", False, 2**20, Budget(), Terms(), BENCH)["gpus"] == 1
+    asked, lines = gpu(3.5, 1.0), []
+    row = fewest("small", "pi", False, 2**20, Budget(), Terms(), Bench(lab, say=lines.append))
     assert (row["gpus"], row["memory_source"], row["time_source"]) == (4, "measured", "composed")
     assert [p for _, p, _ in asked.asked] == [1, 2, 8, 4]
     assert [p["fits"] for p in row["checks"]] == [False, False, True, True]
     found = [e for e in errors([row]) if e["unit"] == "mib"]
     assert [e["error"] for e in found] == pytest.approx([1 / 3.5 - 1] * 2, abs=1e-3)
+    assert len(lines) == 4
+    assert re.match(r"small pi 1,048,576 on 1: out of memory \([\d,]+ predicted\); ", lines[0])
 
 
 def test_time_on_one_gpu_or_on_real_ranks_is_measured_else_composed(gpu):
     lab = dataclasses.replace(LAB, measures=True, real_ranks=2)
     asked = gpu(1.0, 1.0)
-    sources = {p: lab.point(job("pi", num_gpus=p), p).time_source for p in (1, 2, 4)}
+    bench = Bench(lab)
+    sources = {p: bench.point(job("pi", num_gpus=p), p, "").time_source for p in (1, 2, 4)}
     assert sources == {1: "measured", 2: "measured", 4: "composed"}
     assert asked.asked == [("pi", 1, 0), ("pi", 2, None), ("pi", 4, 2)]
 
 
-def test_steps_that_take_too_long_are_predicted(gpu):
+def test_of_steps_that_take_too_long_only_memory_is_measured(gpu):
     asked = gpu(1.0, 1.0)
-    lab = dataclasses.replace(LAB, measures=True, patience_s=60.0)
-    assert fewest("large", "ring", False, 2**22, Budget(), Terms(), lab)["memory_source"] == "predicted"
-    assert not asked.asked
+    lab = dataclasses.replace(LAB, measures=True, patience_s=20.0)
+    row = fewest("large", "ring", False, 2**22, Budget(), Terms(), Bench(lab))
+    assert (row["memory_source"], row["time_source"]) == ("measured", "predicted") and asked.asked
+    lab = dataclasses.replace(lab, patience_s=0.1)
+    row = fewest("large", "ring", False, 2**22, Budget(), Terms(), Bench(lab))
+    assert (row["memory_source"], row["time_source"]) == ("predicted", "predicted")
+
+
+def test_what_is_far_beyond_memory_is_not_measured(gpu):
+    asked = gpu(1.0, 1.0)
+    bench = Bench(dataclasses.replace(LAB, measures=True))
+    row = fewest("small", "pi", False, 2**22, Budget(), Terms(), bench)
+    usable = H100.usable_mib
+    beyond = [point for point in row["checks"] if point["memory_source"] == "predicted"]
+    assert all(not point["fits"] and point["predicted_mib"] > 1.25 * usable for point in beyond)
+    assert row["memory_source"] == "measured" and len(beyond) + len(asked.asked) == len(row["checks"])
+    dense = fewest("large", "dense", False, 2**22, Budget(), Terms(), bench)
+    assert dense["gpus"] is None and "(predicted)" in dense["note"]
+    assert all(method != "dense" for method, _, _ in asked.asked)
+
+
+def test_a_measured_point_is_kept_and_shared_by_what_is_the_same_on_one_gpu(gpu):
+    asked, known, saved = gpu(1.0, 1.0), [], []
+    lab = dataclasses.replace(LAB, measures=True)
+    bench = Bench(lab, known, lambda: saved.append(len(known)))
+    for method in ("dense", "ring", "ulysses", "pi"):
+        bench.point(job(method), 1, method)
+    assert [method for method, _, _ in asked.asked] == ["dense", "pi"] and saved == [1, 2]
+    again = Bench(lab, json.loads(json.dumps(known))).point(job("pi"), 1, "pi")
+    assert len(asked.asked) == 2 and again.memory_source == "measured" and again.time_source == "measured"
+    gpu(2.0, 1.0)  # another job is another point
+    other = Bench(lab, known).point(job("pi", stride=32), 1, "")
+    assert other.peak_mib == pytest.approx(2 * other.predicted_mib)
+
+
+def test_a_time_that_was_not_asked_for_is_measured_when_it_is(gpu):
+    asked, known = gpu(1.0, 1.0), []
+    hasty, patient = (Bench(dataclasses.replace(LAB, measures=True, patience_s=s), known) for s in (1, 60))
+    config = job("ring", num_gpus=4)
+    assert [b.point(config, 4, "").time_source for b in (hasty, patient, hasty)] == [
+        "predicted",
+        "composed",
+        "composed",
+    ]
+    assert len(asked.asked) == 2
+
+
+def test_what_would_end_too_late_is_not_begun(gpu):
+    asked = gpu(1.0, 1.0)
+    bench = Bench(dataclasses.replace(LAB, measures=True), until=0.0)
+    assert bench.point(job(), 1, "").memory_source == "measured"  # else nothing would ever be measured
+    with pytest.raises(OutOfTime):
+        bench.point(job(num_gpus=2), 2, "")
+    assert len(asked.asked) == 1
 
 
 @pytest.mark.slow
@@ -263,10 +323,21 @@ def test_measuring_works_from_the_command_on(tmp_path, capsys):
     ]
     assert run("savings", *flags, "--max-gpus", "8", "--json", str(tmp_path / "s.json")) == 0
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
-    points = [point for row in rows for point in row.get("checks", ())]
-    assert {point["memory_source"] for point in points} == {"measured"}, points
-    assert {point["time_source"] for point in points} <= {"measured", "composed"}
-    assert "Largest error" in capsys.readouterr().out
+    found = [p for row in rows for p in row.get("checks", ()) if p["num_gpus"] == row["gpus"]]
+    assert found and {p["memory_source"] for p in found} == {"measured"}, found
+    assert {p["time_source"] for p in found} <= {"measured", "composed"}
+    said = capsys.readouterr()
+    assert "Largest error" in said.out and re.search(r"tiny ring 4,096 on \d: [\d,]+ MiB", said.err)
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["points"] and not (tmp_path / "s.json.part").exists()
+    record["rows"].pop()
+    (tmp_path / "s.json").write_text(json.dumps(record))
+    flags += ["--max-gpus", "8", "--json", str(tmp_path / "s.json")]
+    assert run("savings", *flags) == 0 and " on " not in capsys.readouterr().err  # nothing again
+    (tmp_path / "s.json").unlink()
+    assert run("savings", *flags, "--minutes", "0.0001") == 3
+    assert "run it again to go on" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "s.json").read_text())["points"]) == 1
 
 
 def synthetic(profile):
@@ -357,7 +428,9 @@ def test_the_command_writes_record_report_and_figure_and_goes_on(tmp_path, capsy
     text = report.read_text()
     assert "Nothing was measured here: every figure is predicted." in text
     assert "## large, 4,194,304 tokens, within memory" in text and "0.0%" in text
-    assert re.search(r"\| ring \| \*\*16\*\* \([\d.]+ GiB p, [\d,]+ ms p\) \| 4,194,303 \| 100.0% \|", text)
+    assert re.search(
+        r"\| ring \| \*\*(\d+)\*\* \([\d.]+ GiB p, [\d,]+ ms p; on \d+: [\d.]+ GiB p\) \| 4,194,303 \|", text
+    )
     assert figure.stat().st_size > 10_000
     capsys.readouterr()
     joined = tmp_path / "joined.json"
@@ -425,19 +498,23 @@ def test_a_task_of_the_array_takes_its_context(tmp_path):
 
 
 def test_calibrating_measures_once_and_writes_a_profile(tmp_path, monkeypatch, capsys):
-    """On a GPU that is made up: what `measured_apart` says comes from the H100's profile."""
+    """On a GPU that is made up: what its worker says comes from the H100's profile."""
     asked = []
 
-    def pretend(requests, timeout_s):
-        asked.append({request.world_size for request in requests})
-        rows = []
-        for request in requests:
+    class Pretended:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, request, timeout_s):
+            asked.append(request.world_size)
             compute = compute_seconds(work(request.config, request.world_size, H100), H100)
             mib = memory(request.config, request.world_size, H100).total
-            rows.append({"status": "ok", "ms": 1e3 * compute, "peak_mib": mib})
-        return rows
+            return {"status": "ok", "ms": 1e3 * compute, "peak_mib": mib}
 
-    monkeypatch.setattr(calibrate, "measured_apart", pretend)
+    monkeypatch.setattr(calibrate, "Worker", Pretended)
     monkeypatch.setattr(calibrate, "device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -452,8 +529,8 @@ def test_calibrating_measures_once_and_writes_a_profile(tmp_path, monkeypatch, c
     assert mine.memory_mib == 80000 and mine.sources["block_moves"] == "fitted to steps.json"
     assert mine.matmul_share == pytest.approx(H100.matmul_share, rel=0.01)
     assert mine.block_copies == pytest.approx(H100.block_copies, rel=0.01)
-    assert asked == [{1}, {4}] * 2
-    assert run("calibrate", *flags) == 0 and len(asked) == 4
+    assert asked == [1, 1, 1, 1, 1, 1, 4, 4] * 2
+    assert run("calibrate", *flags) == 0 and len(asked) == 16
     assert "written to" in capsys.readouterr().out
 
 

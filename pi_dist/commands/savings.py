@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pi_dist.commands.bench import UNFINISHED_RECORD
 from pi_dist.commands.shared import add_network, network_of, sizes
 from pi_dist.config import ConfigError
 
 if TYPE_CHECKING:
-    from pi_dist.measure.savings import Lab
+    from pi_dist.measure.savings_points import Lab
 
 
 def parser() -> ArgumentParser:
     p = ArgumentParser(
         description="The fewest GPUs that train a context, for every method: within memory, or within a "
         "time of a step too. What this machine's GPU can measure is measured, if it is the one asked for; "
-        "the rest is predicted, and each figure says which. A record is resumed; --from joins several.",
+        "the rest is predicted, and each figure says which. A record is resumed, without measuring a point "
+        "again; exit status 3: rows are left. --from joins several.",
         exit_on_error=False,
     )
     p.add_argument("--preset", type=str, default="small", help="small, medium, large, with commas")
@@ -30,7 +32,10 @@ def parser() -> ArgumentParser:
         "--gpu", type=str, default="H100", help="H100, H200, A100, a file of `pi-dist calibrate`, or this"
     )
     p.add_argument("--predict", action="store_true", help="measure nothing")
-    p.add_argument("--patience", type=float, default=20.0, help="predict steps of more seconds")
+    p.add_argument("--patience", type=float, default=20.0, help="predict the time of steps of more seconds")
+    p.add_argument(
+        "--minutes", type=float | None, default=None, help="stop after so long; run again to go on"
+    )
     p.add_argument("--zero-stage", type=Literal[0, 1, 2, 3], default=1, help="of every method")
     p.add_argument("--chunk-tokens", type=int, default=32768, help="of a GPU, where π streams")
     p.add_argument("--window", type=int, default=4, help="k of π and of the window")
@@ -56,6 +61,8 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     import json
+    import math
+    import sys
     from pathlib import Path
 
     from pi_dist.measure.record import resume, write
@@ -63,7 +70,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.savings_report import draw, markdown
 
     a = arguments
-    path = None if a.json == "-" else a.json
+    path, complete = None if a.json == "-" else a.json, True
     if a["from"]:
         record = merged(a["from"])
         if path is not None:
@@ -83,15 +90,20 @@ def run(arguments: Namespace) -> int:
         )
         lab = _lab(a)
         record = resume(path, settings(lab))
-        contexts = sizes("context", a.context)
-        sweep(path, a.preset.split(","), contexts, a.methods.split(","), a.budget, terms, lab, record)
+        what = a.preset.split(","), sizes("context", a.context), a.methods.split(",")
+        minutes = math.inf if a.minutes is None else a.minutes
+        complete = sweep(path, *what, a.budget, terms, lab, record, minutes)
+    if not complete:
+        print(f"{len(record['rows'])} rows; run it again to go on", file=sys.stderr)
+    if not record["rows"]:
+        return UNFINISHED_RECORD
     text = markdown(record)
     if a.report is not None:
         Path(a.report).write_text(text, encoding="utf-8")
     if a.plot is not None:
         draw(record, a.plot)
     print(json.dumps(record, indent=1) if a.json == "-" else text)
-    return 0
+    return 0 if complete else UNFINISHED_RECORD
 
 
 def _lab(a: Namespace) -> Lab:
@@ -100,7 +112,7 @@ def _lab(a: Namespace) -> Lab:
 
     from pi_dist.measure.profile import load_profile, profile_names
     from pi_dist.measure.record import device_name
-    from pi_dist.measure.savings import Lab
+    from pi_dist.measure.savings_points import Lab
 
     here, name = device_name(), a.gpu
     if name == "this":

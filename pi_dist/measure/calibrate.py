@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from pi_dist.config import Config, Method, UserError
-from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, measured_apart, typical_rank
+from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, Worker, typical_rank
 from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
 from pi_dist.measure.record import device_name, kept_records, resume, write
 from pi_dist.measure.savings import Terms, config_of
 from pi_dist.measure.step_model import MIB, compute_seconds, memory, work
 
-# method, streamed, tokens, ranks, in order of ranks: each constant stands out in some of them
+# method, streamed, tokens, ranks: each constant stands out in some of them
 _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
     ("pi", False, 32768, 1),
     ("dense", False, 32768, 1),
@@ -36,7 +36,7 @@ _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
 
 
 def points(presets: Sequence[str]) -> Iterator[tuple[str, Method, bool, int, int]]:
-    """(preset, method, streamed, tokens, ranks) of the steps, those that share a process together."""
+    """(preset, method, streamed, tokens, ranks) of the steps."""
     for preset, (method, streamed, context, ranks) in itertools.product(presets, _POINTS):
         yield preset, method, streamed, context, ranks
 
@@ -183,18 +183,17 @@ def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minut
     record = resume(record_path, settings)
     known = {tuple(row[key] for key in _KEYS) for row in record["rows"]}
     left = [point for point in points(presets) if point not in known]
-    for _, group in itertools.groupby(left, key=lambda point: (point[0], point[-1])):  # one process for each
-        asked = list(group)
-        seconds = until - time.monotonic()
-        if seconds <= 0:
-            break
-        found = measured_apart([_request(point) for point in asked], seconds)
-        for point, row in zip(asked, found, strict=True):
-            whole = dict(zip(_KEYS, point, strict=True)) | {"ms": None, "peak_mib": None} | row
+    with Worker() as worker:
+        for point in left:
+            seconds = until - time.monotonic()
+            if seconds <= 0:
+                break
+            empty = {"ms": None, "peak_mib": None}
+            row = dict(zip(_KEYS, point, strict=True)) | empty | worker.ask(_request(point), seconds)
             if row["status"] in ("ok", OUT_OF_MEMORY):  # what had no time is measured the next time
-                record["rows"].append(whole)
-            print(_line(whole), flush=True)
-        write(record, record_path)
+                record["rows"].append(row)
+                write(record, record_path)
+            print(_line(row), flush=True)
     base = _base(device_name())
     for kernels in kept_records().values():
         if "floor_ms" in kernels["rows"][0] and kernels["device"].startswith(base.device):
@@ -206,7 +205,7 @@ def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minut
 
 def _request(point: tuple[str, Method, bool, int, int]) -> Request:
     config, ranks = config_of(*point, Terms()), point[-1]
-    return Request(config, ranks, typical_rank(config, ranks), timed_steps=3)
+    return Request(config, ranks, typical_rank(config, ranks), timed_steps=3, forward_too=False)
 
 
 _KEYS = ("preset", "method", "streamed", "context", "world_size")

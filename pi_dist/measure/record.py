@@ -155,10 +155,15 @@ def resume(path: str | None, settings: dict) -> dict:
 
 
 def write(record: dict, path: str) -> None:
-    """Write a record as JSON, a row a line."""
-    head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1)
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in record["rows"])
-    Path(path).write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    """Write a record as JSON, a row a line; a kill while it writes leaves the former one."""
+    lists = {key: record[key] for key in ("points", "rows") if key in record}
+    text = json.dumps({key: value for key, value in record.items() if key not in lists}, indent=1)[:-2]
+    for key, rows in lists.items():
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        text += f',\n "{key}": [\n{lines}\n ]'
+    part = Path(f"{path}.part")
+    part.write_text(f"{text}\n}}\n")
+    part.replace(path)
 
 
 def kept_records() -> dict[str, dict]:

@@ -8,8 +8,11 @@ a time, split over all GPUs. What this machine's GPU can measure is measured: me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,15 +29,14 @@ from pi_dist.config import (
     UserError,
     check,
 )
-from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, measured_apart, typical_rank
-from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.reach import report
+from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
-from pi_dist.measure.step_model import communication_seconds, memory, step_time
 from pi_dist.measure.steps import model_of as preset_with
 
-MEASURED, PREDICTED = "measured", "predicted"
-COMPOSED = "composed"  # time: of one rank, measured, and communication, predicted
+# Times the memory there is: what is predicted to need more is not measured. With a measured point of the row,
+# by whose error the prediction is corrected, and without one.
+_HOPELESS_BESIDE, _HOPELESS = 1.25, 1.5
 
 
 @dataclass(frozen=True)
@@ -162,74 +164,17 @@ def first_true(count: int, holds: Callable[[int], bool], guess: int) -> int | No
     return high if high < count else None
 
 
-@dataclass(frozen=True)
-class Point:
-    """One method on so many GPUs: what a rank needs, and the step's time, each with its source."""
-
-    num_gpus: int
-    peak_mib: float | None
-    seconds: float | None
-    fits: bool
-    memory_source: str
-    time_source: str
-    predicted_mib: float
-    predicted_seconds: float
-
-
-@dataclass(frozen=True)
-class Lab:
-    """How a point is found: a GPU and a network in numbers, and whether this machine's GPU is asked.
-
-    Attributes:
-        measures: measure what can be within `patience_s` seconds a step.
-        real_ranks: GPUs of this machine, on which whole jobs run.
-    """
-
-    profile: Profile
-    network: Network
-    measures: bool = False
-    real_ranks: int = 1
-    patience_s: float = 60.0
-    timed_steps: int = 3
-
-    def predict(self, config: Config, num_gpus: int) -> Point:
-        mib = memory(config, num_gpus, self.profile).total
-        seconds = step_time(config, num_gpus, self.profile, self.network).total
-        fits = mib <= self.profile.usable_mib
-        return Point(num_gpus, mib, seconds, fits, PREDICTED, PREDICTED, mib, seconds)
-
-    def point(self, config: Config, num_gpus: int) -> Point:
-        """Measured as far as this machine can, in less than `patience_s` a step; else predicted."""
-        guess = self.predict(config, num_gpus)
-        compute = guess.seconds - self._communication(config, num_gpus)
-        if not self.measures or compute > self.patience_s:
-            return guess
-        real = 1 < num_gpus <= self.real_ranks
-        rank = None if real else typical_rank(config, num_gpus)
-        request = Request(config, num_gpus, rank, self.profile.usable_mib, self.timed_steps)
-        (row,) = measured_apart([request], 120.0 + 10 * (3 + self.timed_steps) * max(1.0, compute))
-        if row["status"] == OUT_OF_MEMORY:
-            return replace(guess, peak_mib=None, seconds=None, fits=False, memory_source=MEASURED)
-        if row["status"] != "ok":
-            source = f"{PREDICTED}; measuring failed: {row['status']}"
-            return replace(guess, memory_source=source, time_source=source)
-        alone = real or num_gpus == 1
-        seconds = row["ms"] / 1e3 + (0.0 if alone else self._communication(config, num_gpus))
-        source = MEASURED if alone else COMPOSED
-        return replace(guess, peak_mib=row["peak_mib"], seconds=seconds, fits=True,
-                       memory_source=MEASURED, time_source=source)  # fmt: skip
-
-    def _communication(self, config: Config, num_gpus: int) -> float:
-        return communication_seconds(config, num_gpus, self.profile, self.network)
-
-
 def fewest(
-    preset: str, method: Method, streamed: bool, context: int, budget: Budget, terms: Terms, lab: Lab
+    preset: str, method: Method, streamed: bool, context: int, budget: Budget, terms: Terms, bench: Bench
 ) -> dict[str, Any]:
     """A row: the fewest GPUs of one method for one context, or in words why there is no such number.
 
     Only numbers of GPUs are tried up to the one with the least predicted time: beyond it, more do not help.
+
+    Raises:
+        OutOfTime: no time is left to measure a point.
     """
+    lab = bench.lab
     row = _identity(preset, method, streamed, context, budget, terms, lab) | _reach(
         preset, method, context, terms
     )
@@ -244,7 +189,9 @@ def fewest(
     def enough(index: int) -> bool:
         if index not in points:
             num_gpus, config = jobs[index]
-            points[index] = lab.point(config, num_gpus)
+            what = f"{preset} {method}{' in chunks' if streamed else ''} {context:,} on {num_gpus}"
+            hopeless = _is_hopeless(guesses[index], points.values(), lab)
+            points[index] = guesses[index] if hopeless else bench.point(config, num_gpus, what)
         return points[index].fits and budget.allows(points[index].seconds)
 
     found = first_true(max([fastest, *good[:1]]) + 1, enough, min([fastest, *good[:1]]))
@@ -254,6 +201,17 @@ def fewest(
         return row | _plain(asdict(point)) | {"gpus": point.num_gpus, "note": ""}
     last = points[max(points)]
     return row | {"gpus": None, "note": _too_little(last, budget, refused)}
+
+
+def _is_hopeless(guess: Point, known: Iterable[Point], lab: Lab) -> bool:
+    """Whether a prediction is so far beyond the memory that measuring would tell nothing new."""
+    errors_of = [
+        point.peak_mib / point.predicted_mib
+        for point in known
+        if point.peak_mib is not None and point.memory_source == MEASURED
+    ]
+    least = guess.predicted_mib * min(errors_of, default=1.0)
+    return least > lab.profile.usable_mib * (_HOPELESS_BESIDE if errors_of else _HOPELESS)
 
 
 def _jobs(
@@ -355,8 +313,12 @@ def sweep(
     terms: Terms,
     lab: Lab,
     record: dict[str, Any],
-) -> None:
-    """Add the rows that `record` lacks, writing it to `path`, if there is one, after each. Shows a bar.
+    minutes: float = math.inf,
+) -> bool:
+    """Add the rows that `record` lacks, for about so many minutes; True if all are there.
+
+    The record is written to `path`, if there is one, after each row and each measured point. Shows a bar, and
+    a line for each measured point, on standard error.
 
     Raises:
         ConfigError: a preset, context, method or budget that makes no sense, before anything is measured.
@@ -375,12 +337,26 @@ def sweep(
                 model_of(preset, method, terms)
                 wanted.append((preset, method, streamed, context, limit))
     rows = record["rows"]
-    for what in tqdm(wanted, desc="cells", disable=None):
-        own = _identity(*what, terms, lab)
-        if not any(all(row[key] == value for key, value in own.items()) for row in rows):
-            rows.append(fewest(*what, terms, lab))
-            if path is not None:
-                write(record, path)
+
+    def save() -> None:
+        if path is not None:
+            write(record, path)
+
+    def say(text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    until = time.monotonic() + 60 * minutes
+    with Bench(lab, record.setdefault("points", []), save, say, until) as bench:
+        for what in tqdm(wanted, desc="cells", disable=None):
+            own = _identity(*what, terms, lab)
+            if not any(all(row[key] == value for key, value in own.items()) for row in rows):
+                try:
+                    rows.append(fewest(*what, terms, bench))
+                except OutOfTime:
+                    return False
+                save()
+    return True
 
 
 def settings(lab: Lab) -> dict[str, Any]:
@@ -405,4 +381,5 @@ def merged(paths: Sequence[str]) -> dict[str, Any]:
             [row["gpus"] for row in records[-1]["rows"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a record of `pi-dist savings`") from error
-    return records[0] | {"rows": [row for record in records for row in record["rows"]]}
+    joined = {key: [x for record in records for x in record.get(key, ())] for key in ("rows", "points")}
+    return records[0] | joined

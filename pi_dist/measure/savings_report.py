@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pi_dist.measure.savings import COMPOSED, MEASURED, errors
+from pi_dist.measure.savings import errors
+from pi_dist.measure.savings_points import COMPOSED, MEASURED
+from pi_dist.measure.stand_ins import PROBE_TOKENS
 from pi_dist.measure.tables import table
 
 _EXPLANATION = {
@@ -23,9 +25,25 @@ def label(row: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if row["gpus"] is None:
         return row["note"]
-    letter = {MEASURED: "m", COMPOSED: "c"}
-    memory, time = (letter.get(row[f"{what}_source"], "p") for what in ("memory", "time"))
-    return f"**{row['gpus']}** ({row['peak_mib'] / 1024:,.1f} GiB {memory}, {row['ms']:,.0f} ms {time})"
+    said = f"{_memory(row)}, {_time(row)}"
+    fewer = [check for check in row.get("checks", ()) if check["num_gpus"] < row["gpus"]]
+    if fewer:  # why they are not enough
+        most = max(fewer, key=lambda check: check["num_gpus"])
+        said += f"; on {most['num_gpus']}: {_time(most) if most['fits'] else _memory(most)}"
+    return f"**{row['gpus']}** ({said})"
+
+
+def _memory(point: dict[str, Any]) -> str:
+    need = "out of memory" if point["peak_mib"] is None else f"{point['peak_mib'] / 1024:,.1f} GiB"
+    return f"{need} {_letter(point['memory_source'])}"
+
+
+def _time(point: dict[str, Any]) -> str:
+    return f"{point['ms']:,.0f} ms {_letter(point['time_source'])}"
+
+
+def _letter(source: str) -> str:
+    return {MEASURED: "m", COMPOSED: "c"}.get(source, "p")
 
 
 def _by(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
@@ -59,8 +77,11 @@ def markdown(record: dict[str, Any]) -> str:
         "bf16, one sequence a step over all GPUs, blocks recomputed, logits in tiles, no offload, no data "
         "parallelism.",
         "",
-        "A cell is the fewest GPUs, with memory and step time of each. Letters say how a figure was found: "
+        "A cell is the fewest GPUs, with memory and step time of each, and why the next smaller number that "
+        "was tried is not enough. Letters say how a figure was found: "
         f"m {_EXPLANATION[MEASURED]}; c {_EXPLANATION[COMPOSED]}; p {_EXPLANATION['predicted']}. "
+        "Where memory is measured and the time is not, each call of exact attention runs once, on at most "
+        f"{PROBE_TOKENS:,} tokens, and then only allocates what it did, in proportion to its tokens. "
         "Reach is how far back the last token sees: a method that sees less is not the same goods.",
     ]
     for terms, of_terms in _by(rows, *_TERMS).items():
