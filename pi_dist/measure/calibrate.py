@@ -1,12 +1,13 @@
 """`pi-dist calibrate`: the constants of `step_model`, fitted to steps that this machine's GPU makes.
 
-Steps of one rank are measured by `fake_ranks` at a few sizes and methods. Time is linear in its constants,
-and so is memory; both fits minimize the squares of relative errors over constants >= 0.
+Steps of one rank are measured by `fake_ranks` at a few sizes and methods. The GPU's time is linear in its
+constants, and so is memory; both fits minimize the squares of relative errors over constants >= 0.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,8 +21,9 @@ from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, Worker, typical_r
 from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
 from pi_dist.measure.record import device_name, kept_records, resume, write
 from pi_dist.measure.savings import Terms, config_of
-from pi_dist.measure.step_model import MIB, compute_seconds, memory, work
+from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory, work
 
+GPU_CONSTANTS = 3  # of a step's time: of matrix products, of what moves tensors, of exact attention
 # method, streamed, tokens, ranks: each constant stands out in some of them
 _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
     ("pi", False, 32768, 1),
@@ -55,28 +57,47 @@ def least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
-    """The profile with the constants of time that fit (config, ranks, seconds without communication) best."""
-    base = replace(profile, matmul_share=1.0, block_moves=1.0, layer_us=1.0)
+    """The profile with the constants of time that fit (config, ranks, seconds without communication) best.
+
+    Steps that the host paces tell of it alone. Which those are is tried: none, then the one with the least
+    work a launch, and so on.
+    """
+
+    def work_of_a_launch(job: tuple[Config, int, float]) -> float:
+        done = work(job[0], job[1], profile)
+        return gpu_seconds(done, profile) / done.layers
+
+    def error(found: Profile) -> float:
+        times = ((compute_seconds(work(config, ranks, found), found), s) for config, ranks, s in jobs)
+        return sum((time / seconds - 1) ** 2 for time, seconds in times)
+
+    jobs = sorted(jobs, key=work_of_a_launch)
+    found = []
+    for paced in range(len(jobs) - GPU_CONSTANTS + 1):
+        launched = [1e6 * s / work(config, ranks, profile).layers for config, ranks, s in jobs[:paced]]
+        layer_us = statistics.fmean(launched) if launched else 0.0
+        found.append(replace(_fit_gpu(profile, jobs[paced:]), layer_us=layer_us))
+    return min(found, key=error)
+
+
+def _fit_gpu(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
+    """The constants of the GPU's time, from steps that the host does not pace."""
+    base = replace(profile, matmul_share=1.0, block_moves=1.0)
     rows, target = [], []
     for config, ranks, seconds in jobs:
-        w = work(config, ranks, base)
-        exact = compute_seconds(
-            replace(w, matmul_flops=0, moved_bytes=0, layers=0, fixed_seconds=0), base
+        done = work(config, ranks, base)
+        exact = gpu_seconds(
+            replace(done, matmul_flops=0, moved_bytes=0, fixed_seconds=0), base
         )  # in the ratio of forward and backward that the profile has
-        parts = (
-            w.matmul_flops / base.matmul_flops_per_s,
-            w.moved_bytes / base.copy_bytes_per_s,
-            w.layers * 1e-6,
-            exact,
-        )
+        products = done.matmul_flops / base.matmul_flops_per_s  # no rate is above the measured one
+        parts = (products, done.moved_bytes / base.copy_bytes_per_s, exact)
         rows.append([part / seconds for part in parts])
-        target.append(1 - w.fixed_seconds / seconds)
-    inverse_share, moves, layer_us, exact = least_squares(np.array(rows), np.array(target))
+        target.append(1 - (products + done.fixed_seconds) / seconds)
+    slower, moves, exact = least_squares(np.array(rows), np.array(target))
     return replace(
         profile,
-        matmul_share=float(1 / inverse_share) if inverse_share > 0 else profile.matmul_share,
+        matmul_share=1 / (1 + float(slower)),
         block_moves=float(moves),
-        layer_us=float(layer_us),
         exact_forward_flops_per_s=profile.exact_forward_flops_per_s / (float(exact) or 1.0),
         exact_backward_flops_per_s=profile.exact_backward_flops_per_s / (float(exact) or 1.0),
     )

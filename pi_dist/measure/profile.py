@@ -32,7 +32,7 @@ class Profile:
         matmul_share: of the ceiling that the model's matrices reach.
         block_moves: how often a block reads or writes d elements of a token beside matrices and attention,
             forward, recomputation and backward together.
-        layer_us: of a block's launches that nothing hides, forward, recomputation and backward together.
+        layer_us: of the host, to launch a block, forward, recomputation and backward together.
         exact_forward_flops_per_s, exact_backward_flops_per_s: of the exact methods' flash attention.
         block_copies: tensors of [tokens, d] in the model's dtype that live while a block is recomputed and
             differentiated, its input not counted.

@@ -14,13 +14,15 @@ from pi_dist.measure.profile import Network, Profile
 from pi_dist.model.flops import matmul_parameters
 from pi_dist.model.loss import KERNEL_ELEMENTS, tile_rows
 from pi_dist.ops.pattern import layer_patterns
+from pi_dist.training.kept_memory import step_bytes
 
 MIB = 2**20
 _BUCKET = 500_000_000  # elements of DeepSpeed's default reduce bucket
 _LIVE_PARAMETERS = 1_000_000_000  # that ZeRO 3 gathers at most ahead of their use, DeepSpeed's default
 _LOGIT_MOVES = 6  # times that each is read or written: by three products, and by the loss
-_PRODUCT_COPIES = 11  # of a block's copies, matrix products and what attention needs
-_NEAR_SHARE = 0.6  # of the memory, that kept rows may take before they go to the host
+# what a block keeps for its backward pass, in copies of its input; measured of the small model, nothing
+# recomputed, and of the medium one, all but matrix products and attention
+_SAVED_COPIES, _PRODUCT_COPIES = 18.2, 13.8
 # Of a block's copies, those that only its backward pass makes: of the wide MLP and inputs.
 _GRADIENT_COPIES = 6
 # Copies in the backward pass of dense attention, by its code: q, k, v and what they are parts of, out and its
@@ -133,9 +135,9 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
         kv = 2 * m.kv_heads * m.head_dim * BYTES[t.precision]
         reach = (min(pattern.reach(), here) for pattern in layer_patterns(m, t.context))
         rows = t.micro_batch_size * (chunks - 1) * sum(reach) * kv
-        if t.kept_rows == "host" or (
-            t.kept_rows == "auto" and rows > _NEAR_SHARE * profile.usable_mib * MIB
-        ):  # rows of two chunks stay
+        beside = step_bytes(config)
+        if t.kept_rows == "host" or (t.kept_rows == "auto" and rows + beside > profile.usable_mib * MIB):
+            # rows of two chunks stay
             rows *= min(1.0, 2 / (chunks - 1))
         kept += rows
     inputs = here * row * (m.num_layers if recomputed else 1)  # of blocks
@@ -150,7 +152,7 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
     elif t.activation_checkpointing == "selective":
         all_blocks, own = m.num_layers * _PRODUCT_COPIES * here * row, block
     else:
-        all_blocks, own = m.num_layers * block, 0
+        all_blocks, own = m.num_layers * _SAVED_COPIES * here * row, 0
     _, full = state_bytes(config, world_size)
     begun = full
     if accumulation_steps(config, world_size) * chunks == 1:
@@ -242,11 +244,15 @@ def _merge_seconds(config: Config, profile: Profile, forwards: float) -> float:
 
 
 def compute_seconds(done: Work, profile: Profile) -> float:
-    """Time of the work of one rank, linear in the constants that `calibrate` fits."""
+    """Time of the work of one rank: the GPU's, or that of the host to launch it, whichever is longer."""
+    return max(gpu_seconds(done, profile), done.layers * 1e-6 * profile.layer_us)
+
+
+def gpu_seconds(done: Work, profile: Profile) -> float:
+    """Time of the GPU's work, linear in the constants that `calibrate` fits."""
     return (
         done.matmul_flops / (profile.matmul_share * profile.matmul_flops_per_s)
         + done.moved_bytes * profile.block_moves / profile.copy_bytes_per_s
-        + done.layers * 1e-6 * profile.layer_us
         + done.exact_forward_flops / profile.exact_forward_flops_per_s
         + done.exact_backward_flops / profile.exact_backward_flops_per_s
         + done.fixed_seconds
