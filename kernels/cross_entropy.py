@@ -66,7 +66,9 @@ def cross_entropy_(
     rows, vocab = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocab))
-    _cross_entropy_kernel[(rows,)](
-        logits, logits.stride(0), targets, losses, vocab, ignore, with_gradient, block, num_warps=NUM_WARPS
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _cross_entropy_kernel[(rows,)](
+            logits, logits.stride(0), targets, losses, vocab, ignore, with_gradient, block,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
     return losses

@@ -13,6 +13,8 @@ from pi_dist.kernels.rotary import rows_of
 # tokens of a tile, columns of the hidden layer that are looked at together, warps
 FORWARD = (64, 64, 4)
 BACKWARD = (16, 64, 4)  # larger tiles do not fit into registers
+# of the products of a backward pass, whose factors are fp32: tf32 has 3 bits more than bf16, as many as fp16
+PRECISIONS = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}
 PROGRAMS = 264  # that share the tiles of a block of columns: two for each multiprocessor of an H100
 
 
@@ -20,6 +22,14 @@ PROGRAMS = 264  # that share the tiles of a block of columns: two for each multi
 def _cumulative(x):
     """Φ(x) of the normal distribution."""
     return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _for_product(x, PRECISION: tl.constexpr):
+    """x, rounded to the 11 bits that a tf32 product would cut it to."""
+    if PRECISION == "tf32":
+        return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -67,6 +77,7 @@ def _gate_bwd_kernel(
     bias = tl.load(up_bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     ok = (heads < NUM_HEADS)[:, None] & inside[None, :]
     w = tl.load(weight + heads[:, None] * WIDTH + columns[None, :], mask=ok, other=0.0).to(tl.float32)
+    w = _for_product(w, PRECISION)
     dweight = tl.zeros((HEADS, COLUMNS), tl.float32)
     dup_bias = tl.zeros((COLUMNS,), tl.float32)
     ddown_bias = tl.zeros((HEADS,), tl.float32)
@@ -79,9 +90,10 @@ def _gate_bwd_kernel(
         dlogits = tl.load(dalpha + places, mask=there, other=0.0) * a * (1.0 - a)  # [ROWS, HEADS]
         x = _tile(x_ptr, rows, columns, x_row, mine & inside[None, :]).to(tl.float32) + bias
         share = _cumulative(x)
-        dweight = tl.dot(tl.trans(dlogits), x * share, dweight, input_precision=PRECISION)
+        factor, hidden = _for_product(dlogits, PRECISION), _for_product(x * share, PRECISION)
+        dweight = tl.dot(tl.trans(factor), hidden, dweight, input_precision=PRECISION)
         slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        dx_tile = tl.dot(dlogits, w, input_precision=PRECISION) * slope
+        dx_tile = tl.dot(factor, w, input_precision=PRECISION) * slope
         dup_bias += tl.sum(dx_tile, 0)
         ddown_bias += tl.sum(dlogits, 0)
         target = dx + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
@@ -103,14 +115,15 @@ def _sizes(weight: torch.Tensor, tile: tuple[int, int, int]) -> tuple[int, ...]:
 def gate_forward(
     x: torch.Tensor, up_bias: torch.Tensor, weight: torch.Tensor, down_bias: torch.Tensor
 ) -> torch.Tensor:
-    """α, fp32 [B, H, T], of x [B, T, w] with one distance between tokens; W2 = `weight` [H, w]."""
+    """α, fp32 [B, H, T], of x [B, T, w]; W2 = `weight` [H, w]. Parameters are contiguous."""
     batch, length, _ = x.shape
     alpha = torch.empty(batch, len(weight), length, dtype=torch.float32, device=x.device)
     rows = rows_of(x)
-    _gate_fwd_kernel[triton.cdiv(len(rows), FORWARD[0]),](
-        rows, rows.stride(0), up_bias, weight, down_bias, alpha, length, len(rows),
-        *_sizes(weight, FORWARD), num_warps=FORWARD[2],
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _gate_fwd_kernel[triton.cdiv(len(rows), FORWARD[0]),](
+            rows, rows.stride(0), up_bias, weight, down_bias, alpha, length, len(rows),
+            *_sizes(weight, FORWARD), num_warps=FORWARD[2],
+        )  # fmt: skip
     return alpha
 
 
@@ -124,10 +137,11 @@ def gate_backward(
     heads, columns = sizes[2], sizes[4]
     programs = min(PROGRAMS, triton.cdiv(len(rows), BACKWARD[0]))
     sums = torch.empty(programs, heads + 1, width + 1, dtype=torch.float32, device=x.device)
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"  # the other factor is a 16-bit number
-    _gate_bwd_kernel[programs, triton.cdiv(width, columns)](
-        rows, rows.stride(0), up_bias, weight, alpha, dalpha, dx, sums, length, len(rows), *sizes, precision,
-        num_warps=BACKWARD[2],
-    )  # fmt: skip
+    precision = PRECISIONS[x.dtype]
+    with torch.cuda.device_of(x):
+        _gate_bwd_kernel[programs, triton.cdiv(width, columns)](
+            rows, rows.stride(0), up_bias, weight, alpha, dalpha, dx, sums, length, len(rows), *sizes,
+            precision, num_warps=BACKWARD[2],
+        )  # fmt: skip
     total = sums.sum(0)
     return dx, total[heads, :width], total[: len(weight), :width], total[: len(weight), width]

@@ -107,10 +107,11 @@ def turn_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads:
     (batch, length), half = x.shape[:2], cos.shape[1]
     source, target = rows_of(x), x.new_empty(batch, length, num_heads, 2 * half)
     grid = (triton.cdiv(len(source), ROWS), triton.cdiv(num_heads, HEADS))
-    _rotary_kernel[grid](
-        source, target, cos, sin, source.stride(0), num_heads * 2 * half, length, len(source), num_heads,
-        half, triton.next_power_of_2(half), ROWS, HEADS, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _rotary_kernel[grid](
+            source, target, cos, sin, source.stride(0), num_heads * 2 * half, length, len(source), num_heads,
+            half, triton.next_power_of_2(half), ROWS, HEADS, num_warps=WARPS,
+        )  # fmt: skip
     return target
 
 
@@ -135,9 +136,10 @@ def join_gradients(
     wide = 2 * block * HEADS
     programs = sum(triton.cdiv(n, HEADS) for n in (num_heads, num_kv_heads))
     programs += sum(triton.cdiv(part.shape[1], wide) for part in parts[2:])
-    _joining_kernel[triton.cdiv(batch * length, ROWS), programs](
-        *parts, target, cos, sin, *(part.stride(0) for part in parts), columns, length, batch * length,
-        num_heads, num_kv_heads, rest.shape[2], half, block, ROWS, HEADS,
-        num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(dq):
+        _joining_kernel[triton.cdiv(batch * length, ROWS), programs](
+            *parts, target, cos, sin, *(part.stride(0) for part in parts), columns, length, batch * length,
+            num_heads, num_kv_heads, rest.shape[2], half, block, ROWS, HEADS,
+            num_warps=WARPS,
+        )  # fmt: skip
     return target

@@ -180,11 +180,11 @@ class TrainingConfig:
     activation_checkpointing: bool | Literal["selective"] = False
     """true: keep only each block's input and recompute the block in the backward pass (its keys are
     exchanged again). selective: keep the matrix products and what attention needs, and recompute only what is
-    cheap: norms, rotary positions, GELU, gate. Not in ZeRO 3."""
+    cheap: norms and GELU. Not in ZeRO 3."""
     compile: bool | None = None
-    """Compile what lies around attention in every block (torch.compile): norms, rotary positions, GELU and
-    gate are fused. null: where there is a GPU, but not in ZeRO 3, which gathers a module's parameters when
-    Python calls it, as compiled code does not."""
+    """Compile what lies around attention in every block (torch.compile), so that norms, GELU and sums are
+    fused; rotary positions and the gate have kernels of their own. null: where there is a GPU, but not in
+    ZeRO 3, which gathers a module's parameters when Python calls it, as compiled code does not."""
     activation_offload: bool = False
     """Keep these inputs in pinned host memory until the backward pass comes to them."""
     mlp_tile_tokens: int | None = None

@@ -12,7 +12,7 @@ from pi_dist.model import gate, rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter computes bf16 wrongly
-DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -109,8 +109,7 @@ def test_gate(batch, length, width, heads, dtype):
         draw(heads, width, seed=2) / 4,
         draw(heads, seed=3),
     ]
-    # the slopes of the products are rounded to 11 bits
-    slack = 1e-6 if dtype == torch.float32 else 5e-4
+    slack = 1e-6 if dtype == torch.float32 else 5e-5
     for ours, eager in zip(*errors(kernel, plain, leaves, dtype), strict=True):
         assert ours <= 1.5 * eager + slack
 

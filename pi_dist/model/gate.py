@@ -62,6 +62,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, raised, up_bias, weight, down_bias):
         from pi_dist.kernels.gate import gate_forward
 
+        up_bias, weight, down_bias = (p.contiguous() for p in (up_bias, weight, down_bias))
         alpha = gate_forward(raised, up_bias, weight, down_bias)
         ctx.save_for_backward(raised, up_bias, weight, down_bias, alpha)
         return alpha

@@ -39,11 +39,13 @@ def split_projection(
     q [B, T, H, D] and k [B, T, H_kv, D] are rotated; v [B, T, H_kv, D] and the rest [B, T, w] are views. On a
     GPU by a kernel, whose backward pass writes the gradient of all columns at once.
     """
-    head_dim = 2 * table[0].shape[1]
+    (positions, half), tokens = table[0].shape, projected.shape[1]
+    if positions != tokens:
+        raise ValueError(f"positions of the table ({positions}) == tokens ({tokens}) does not hold")
     if projected.is_cuda and projected.dtype != torch.float64:
         return _SplitProjection.apply(projected, *table, num_heads, num_kv_heads)
-    q, k, v, rest = projected.split(_widths(projected, head_dim, num_heads, num_kv_heads), dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
+    q, k, v, rest = projected.split(_widths(projected, 2 * half, num_heads, num_kv_heads), dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, 2 * half)) for part in (q, k, v))
     return rotate(q, table), rotate(k, table), v, rest
 
 

@@ -129,8 +129,8 @@ class PiTransformer(nn.Module):
         context: training context, which sets the default number of strides of a schedule.
         seed: initialization, equal on every rank: N(0, 0.02), output projections of a block
             N(0, 0.02 / sqrt(2L)).
-        activation_checkpointing: what the backward pass computes again: True, every block; "selective", all
-            of it but matrix products and attention.
+        activation_checkpointing: what the backward pass computes again: True, every block; "selective", its
+            norms and GELU.
         activation_offload: keep the inputs of recomputed blocks in host memory.
         mlp_tile_tokens: tokens of a tile of the MLP, which is then recomputed by tiles; None: all at once.
         compiled: compile what is around the attention operator.
