@@ -197,6 +197,9 @@ class TrainingConfig:
     """Where these keys and values lie. device: on the GPU; host: those that neither the current nor the next
     chunk looks at in pinned host memory; auto: host where they, their gradients and about what a chunk takes
     are more than the GPU has. The run says which, and is refused if they fit nowhere."""
+    max_nonfinite_steps: int = 0
+    """Steps in a row whose loss or gradient may be not finite: no update is made, ranks and sequences are
+    named, and the run goes on. One more ends it; 0: the first does."""
     seed: int = 1234
     """Seed of initialization, order of the data and dropout."""
     eval_every: int = 100
@@ -358,7 +361,15 @@ def check(config: Config, world_size: int = 1) -> None:
     _require(m.causal, "model.causal", "causal == true", "the next-token loss needs a causal model")
     for key in ("context", "batch_size", "micro_batch_size", "steps", "keep_checkpoints", "log_every"):
         _require(getattr(t, key) >= 1, f"training.{key}", f"{key} ({getattr(t, key)}) >= 1")
-    for key in ("warmup_steps", "weight_decay", "clip_norm", "eval_every", "save_every", "min_learning_rate"):
+    for key in (
+        "warmup_steps",
+        "weight_decay",
+        "clip_norm",
+        "max_nonfinite_steps",
+        "eval_every",
+        "save_every",
+        "min_learning_rate",
+    ):
         _require(getattr(t, key) >= 0, f"training.{key}", f"{key} ({getattr(t, key)}) >= 0")
     _require(t.learning_rate > 0, "training.learning_rate", f"learning_rate ({t.learning_rate}) > 0")
     _require(

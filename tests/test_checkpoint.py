@@ -36,9 +36,7 @@ from pi_dist.training.trainer import train
 
 def make_engine(config):
     mesh = make_mesh(config.parallel.sp_degree, torch.device("cpu"))
-    engine = Engine(PiTransformer(config.model, config.training.context, 1), config, mesh)
-    engine.create_moments(0)
-    return engine
+    return Engine(PiTransformer(config.model, config.training.context, 1), config, mesh)
 
 
 def state_of(config, step):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import math
 import os
 import shutil
 import signal
@@ -254,6 +255,103 @@ def test_a_gradient_that_is_not_finite_changes_nothing(corpus, tmp_path, stage, 
         assert "with a finite loss on every rank, in sequences [" in str(error)
         assert unchanged
     assert find_newest(tmp_path) == (None, [])
+
+
+def runs_with_broken_steps(configs, broken_losses, broken_gradients, stop_at=None):
+    """[(outcome or error, what rank 0 says)] of runs: in some steps rank 1 has a broken loss or gradient.
+
+    That is NaN; a run stops itself through the signal in step `stop_at`.
+    """
+    from pi_dist.training import trainer
+    from pi_dist.training.deepspeed_engine import Engine
+    from pi_dist.training.metrics import Metrics
+
+    now, said = [None], []
+    step, losses, initialize = trainer._Run._step, trainer.streamed_losses, Engine.__init__
+
+    def noting(self, number, *others):
+        now[0] = number
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, number, *others)
+
+    def broken(engine, mesh, *others):
+        for loss in losses(engine, mesh, *others):
+            yield loss * float("nan") if mesh.rank == 1 and now[0] in broken_losses else loss
+
+    def hooked(self, *others):
+        initialize(self, *others)
+        if self.mesh.rank == 1:
+            factor = lambda: float("nan") if now[0] in broken_gradients else 1.0  # noqa: E731
+            self._names["norm.weight"].register_hook(lambda gradient: gradient * factor())
+
+    trainer._Run._step, trainer.streamed_losses, Engine.__init__ = noting, broken, hooked
+    Metrics.say = staticmethod(said.append)
+    found = []
+    for config in configs:
+        said.clear()
+        found.append((run(config), tuple(said)))
+    return found
+
+
+def skipping(corpus, run_dir, most, **options):
+    """A run of few parts that goes on after so many steps in a row that are not finite."""
+    config = config_for(corpus, run_dir, max_nonfinite_steps=most, eval_every=0, **options)
+    return dataclasses.replace(config, data=DataConfig(train=str(corpus / "train"), num_workers=0))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_resumed_bit_equal(corpus, tmp_path):
+    """The first step's loss and the fourth's gradient, in every ZeRO stage; nothing is left of them."""
+    kinds = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+    straight, resumed = (
+        [
+            skipping(corpus, tmp_path / f"{name}-{s}", 1, stage=s, precision=precision)
+            for s, precision in kinds
+        ]
+        for name in ("straight", "resumed")
+    )
+    resumed = resumed[:2]
+    with Ranks(2) as ranks:
+        whole = ranks.run(runs_with_broken_steps, straight, (0,), (3,))[0]
+        half = ranks.run(runs_with_broken_steps, resumed, (0,), (3,), 3)[0]
+    with Ranks(2) as ranks:
+        rest = ranks.run(runs_with_broken_steps, resumed, (0,), (3,))[0]
+    for (outcome, said), (_, precision) in zip(whole, kinds, strict=True):
+        assert outcome.step == 6 and outcome.skipped == 2 and math.isnan(outcome.losses[0])
+        tolerance = 1e-5 if precision == "fp32" else 1e-2
+        assert outcome.losses[1:] == pytest.approx(whole[0][0].losses[1:], rel=tolerance)
+        warnings = [text for text in said if text.startswith("warning: step")]
+        assert len(warnings) == 2 and "step 1: the loss is nan, on ranks [1], in sequences [" in warnings[0]
+        assert "step 4: the gradient norm is " in warnings[1] and "with a finite loss on every" in warnings[1]
+        assert all(text.endswith("the update was not made (1 in a row, at most 1)") for text in warnings)
+    for (outcome, _), (first, _), (second, _) in zip(whole, half, rest, strict=False):
+        assert (first.step, first.stopped_by, second.step) == (4, "SIGUSR1", 6)
+        assert first.skipped == second.skipped == 2 and math.isnan(first.losses[0])
+        assert first.losses[1:] + second.losses == outcome.losses[1:]
+    for a, b in zip(straight, resumed, strict=False):
+        found = [find_newest(config.run_dir)[0] for config in (a, b)]
+        assert [checkpoint.updates for checkpoint in found] == [4, 4]
+        for name in found[0].files:
+            if name.endswith(".safetensors"):
+                of_a, of_b = (load_file(checkpoint.path / name) for checkpoint in found)
+                assert all(torch.equal(of_a[key], of_b[key]) and of_a[key].isfinite().all() for key in of_a)
+    events = EventAccumulator(f"{straight[0].run_dir}/tensorboard")
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/skipped_steps")] == [(1, 1), (4, 2)]
+
+
+def test_no_more_steps_are_skipped_in_a_row_than_allowed_also_after_a_restart(corpus, tmp_path):
+    """Of three in a row the third ends the run; a checkpoint lies between the first and the second."""
+    config = skipping(corpus, tmp_path, 2, steps=50)
+    with Ranks(2) as ranks:
+        outcomes = ranks.run(runs_with_broken_steps, [config, config], (2, 3, 4), ())
+    for error, _ in (outcome for of_rank in outcomes for outcome in of_rank):
+        assert isinstance(error, TrainingError) and str(error).startswith(
+            "step 5: the loss is nan, on ranks [1]"
+        )
+        assert str(error).endswith("3 in a row <= training.max_nonfinite_steps (2) does not hold")
+    found = find_newest(tmp_path)[0]
+    assert (found.step, found.updates, found.state["skipped_in_a_row"]) == (3, 2, 1)
 
 
 @pytest.mark.parametrize(("world_size", "sp"), [(2, 2), (2, 1), (4, 2)])

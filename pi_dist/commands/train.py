@@ -113,6 +113,8 @@ def _closing(config: Config, outcome: Any) -> str:
     lines = [
         "" if outcome.losses else f"the run is done already: {outcome.step} of {config.training.steps} steps"
     ]
+    if outcome.skipped:
+        lines.append(f"skipped            {outcome.skipped} steps, whose loss or gradient was not finite")
     if outcome.heldout_loss is not None:
         entropy = unigram_entropy(config.data.heldout)
         lines.append(

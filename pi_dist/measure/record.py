@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import resource
 import statistics
@@ -85,18 +86,19 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
 def add_training_run(path: str, config: Config, world_size: int, outcome: Outcome) -> None:
     """Add a row of one training run to the record at `path`; its time is the median without the first steps.
 
-    Those are five, or half of a short run; the first of them compiles. The run must have made a step.
-    text_tokens are those of the training text: with "join", a context of more repeats it.
+    Those are five, or half of a short run; the first of them compiles. The run must have made a step. Losses
+    are finite ones. text_tokens are those of the training text: with "join", a context of more repeats it.
 
     Raises:
         UserError: the record is of another device or of other versions.
     """
     t = config.training
     record = resume(path, {})
+    losses = [loss for loss in outcome.losses if math.isfinite(loss)] or [None]
     seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
     row = step_row(config, world_size, seconds, outcome.num_parameters) | {
-        "first_loss": outcome.losses[0],
-        "last_loss": outcome.losses[-1],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
         "heldout_loss": outcome.heldout_loss,
         "packing": config.data.packing,
         "text_tokens": ShardIndex.open(config.data.train).num_tokens,

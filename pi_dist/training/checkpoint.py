@@ -64,6 +64,11 @@ class Checkpoint:
         """Optimizer steps done."""
         return self.state["step"]
 
+    @property
+    def updates(self) -> int:
+        """Those of them that changed the weights; others were not finite."""
+        return self.state.get("updates", self.step)  # older checkpoints are of runs that such a step ended
+
 
 def directory(run_dir: str | Path) -> Path:
     """Where a run's checkpoints lie."""
@@ -235,7 +240,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
             stored = name if key == "weight" else f"{name}.{key}"
             return holder[stored].get_tensor(stored)
 
-        engine.load_state(read, checkpoint.step)
+        engine.load_state(read, checkpoint.updates)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

@@ -178,8 +178,7 @@ class Engine:
         for owner, methods in zip((self.engine.optimizer, self.engine), self._replaced, strict=True):
             for name, method in methods.items():
                 setattr(owner, name, partial(method, owner))
-        inner = self.engine.optimizer if self._is_plain() else self.engine.optimizer.optimizer
-        inner.register_step_pre_hook(self._guard)
+        self._inner.register_step_pre_hook(self._guard)
 
     def close(self) -> None:
         """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""
@@ -248,7 +247,10 @@ class Engine:
         """(name, {weight, exp_avg, exp_avg_sq}) of each parameter in turn, whole and fp32; collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        self._link_moments()
+        if self._inner.state:
+            self._link_moments()
+        else:  # no update yet: the first steps were not finite
+            self.create_moments(0)
         for name, parameter in self._names.items():
             if self._is_plain():
                 moments = self.engine.optimizer.state[parameter]
@@ -258,7 +260,7 @@ class Engine:
                 yield name, full | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
 
     def load_state(self, read: Callable[[str, str], torch.Tensor], updates: int) -> None:
-        """Put the state of `updates` optimizer steps back; collective.
+        """Put the state after `updates` updates back; collective.
 
         `read(name, key)` gives what `state` yielded.
         """
@@ -282,12 +284,10 @@ class Engine:
         self._refresh_parameters()
 
     def create_moments(self, updates: int) -> None:
-        """Give the inner AdamW the state that it would make in its first step, as after `updates` steps."""
-        outer = self.engine.optimizer
-        inner = outer if self._is_plain() else outer.optimizer
+        """Give the inner AdamW the state that it would make in its first step, as after `updates` of them."""
         for flat in self._flat_masters():
             step = torch.tensor(float(updates), device=flat.device if flat.is_cuda else None)
-            inner.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+            self._inner.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
         self._link_moments()
 
     def _link_moments(self) -> None:
@@ -335,6 +335,11 @@ class Engine:
         elif hasattr(outer, "_reassign_or_swap_out_partitioned_parameters"):
             for index in range(len(outer.fp16_groups)):
                 outer._reassign_or_swap_out_partitioned_parameters(index)
+
+    @property
+    def _inner(self) -> torch.optim.AdamW:
+        """The AdamW that DeepSpeed's optimizer, if there is one, calls."""
+        return self.engine.optimizer if self._is_plain() else self.engine.optimizer.optimizer
 
     def _is_plain(self) -> bool:
         """ZeRO 0, whose parameters are fp32: DeepSpeed uses the optimizer as it is."""

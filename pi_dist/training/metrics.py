@@ -70,6 +70,11 @@ class Metrics:
         self._writer.add_scalar("heldout/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f} nats/token")
 
+    def skipped(self, step: int, text: str, in_all: int) -> None:
+        """Optimizer step `step` made no update, as `text` tells; so did `in_all` steps of the run."""
+        self._writer.add_scalar("train/skipped_steps", in_all, step)
+        self.say(f"warning: {text}")
+
     @staticmethod
     def say(text: str) -> None:
         """A line above the bar."""

@@ -52,6 +52,7 @@ class Outcome:
         checkpoint: the last one.
         stopped_by: name of the signal that ended it early, None if it is complete.
         kept: what is kept for later chunks and where, None if sequences are not in chunks.
+        skipped: steps of the whole run whose loss or gradient was not finite, which made no update.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Outcome:
     checkpoint: Path
     stopped_by: str | None
     kept: KeptPlan | None = None
+    skipped: int = 0
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -116,7 +118,8 @@ def train(config: Config) -> tuple[Config, Outcome]:
         ConfigError: the configuration cannot work, or is not that of the run found there.
         ShardError: the data are not what was prepared.
         CheckpointError: there are checkpoints and none is whole, or the last one could not be written.
-        TrainingError: the loss or the gradient is not finite; no checkpoint is made of it.
+        TrainingError: the loss or the gradient is not finite, more often in a row than the configuration
+            allows; no checkpoint is made of it.
     """
     check(config, world_size_from_launcher())
     index, heldout_index = open_splits(config.data)
@@ -275,6 +278,7 @@ class _StepResult(NamedTuple):
     tokens: int  # with a label, in the whole global batch
     gradient_norm: float  # before clipping
     stopped_by: str | None  # the signal that some rank received
+    not_finite: str | None  # what, where, in which sequences: no update was made
 
 
 @dataclass
@@ -299,6 +303,8 @@ class _Run:
         losses: list[float] = []
         seconds: list[float] = []
         step = first
+        updates = first if found is None else found.updates
+        skipped_in_a_row = 0 if found is None else found.state.get("skipped_in_a_row", 0)
         stopped_by = None
         saved = None if found is None else found.path
         heldout, heldout_step = None, -1
@@ -315,6 +321,11 @@ class _Run:
                 self.watch.at(step + 1, None)
                 seconds.append(time.perf_counter() - began)
                 losses.append(done.loss)
+                if done.not_finite is None:
+                    updates, skipped_in_a_row = updates + 1, 0
+                else:
+                    skipped_in_a_row += 1
+                    self._skip(step, done.not_finite, skipped_in_a_row, step + 1 - updates)
                 stopped_by = done.stopped_by
                 if self.metrics is not None:
                     rate = learning_rate(t, step)
@@ -324,17 +335,35 @@ class _Run:
                 if step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0):
                     heldout, heldout_step = self._heldout_loss(step), step
                 if last or (t.save_every and step % t.save_every == 0):
-                    saved = self._save(step, heldout, heldout_step, last) or saved
+                    counts = {"step": step, "updates": updates, "skipped_in_a_row": skipped_in_a_row}
+                    saved = self._save(counts, heldout, heldout_step, last) or saved
         finally:
             batches.close()
             stop.restore()
         stopped_by = stopped_by if step < t.steps else None
         return Outcome(
-            step, tuple(losses), tuple(seconds), self.num_parameters, heldout, saved, stopped_by, self.kept
+            step,
+            tuple(losses),
+            tuple(seconds),
+            self.num_parameters,
+            heldout,
+            saved,
+            stopped_by,
+            self.kept,
+            step - updates,
         )
 
+    def _skip(self, step: int, what: str, in_a_row: int, in_all: int) -> None:
+        """Say that a step was not finite and made no update; one too many in a row is a TrainingError."""
+        most = self.config.training.max_nonfinite_steps
+        if in_a_row > most:
+            many = f"; {in_a_row} in a row <= training.max_nonfinite_steps ({most}) does not hold"
+            raise TrainingError(f"{what} and nothing was saved{many if most else ''}")
+        if self.metrics is not None:
+            self.metrics.skipped(step + 1, f"{what} ({in_a_row} in a row, at most {most})", in_all)
+
     def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
-        """One optimizer step. Raises TrainingError if its loss or gradient is not finite."""
+        """One optimizer step; it changes nothing if its loss or gradient is not finite."""
         self.watch.at(step + 1, "forward and backward")
         parallel, training = self.config.parallel, self.config.training
         valid = self.mesh.put(sum((batch.labels != IGNORE).sum() for batch in batches).double())
@@ -364,14 +393,15 @@ class _Run:
         norm = self.engine.gradient_norm()
         # the step's only wait for the device
         loss, tokens, norm, *asked = torch.stack([mean, valid, norm.double(), *sums[1:]]).tolist()
-        for name, value in (("loss", loss), ("gradient norm", norm)):
+        not_finite = None
+        for name, value in (("gradient norm", norm), ("loss", loss)):
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {step + 1}: the {name} is {value}, {self._where(step, total)}; "
-                    "the update was not made and nothing was saved"
-                )
+                not_finite = f"the {name} is {value}"
+        if not_finite is not None:
+            where = self._where(step, total)
+            not_finite = f"step {step + 1}: {not_finite}, {where}; the update was not made"
         signals = [number.name for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks]
-        return _StepResult(loss, int(tokens), norm, signals[0] if signals else None)
+        return _StepResult(loss, int(tokens), norm, signals[0] if signals else None, not_finite)
 
     def _where(self, step: int, loss_sum: torch.Tensor) -> str:
         """The ranks whose own loss is not finite, all if there is none, and their sequences; collective."""
@@ -403,10 +433,12 @@ class _Run:
             self.metrics.heldout(step, loss)
         return loss
 
-    def _save(self, step: int, heldout: float | None, heldout_step: int, last: bool) -> Path | None:
+    def _save(
+        self, counts: dict[str, int], heldout: float | None, heldout_step: int, last: bool
+    ) -> Path | None:
         """Write a checkpoint; a failure is said and survived, unless it is the last."""
         state = {
-            "step": step,
+            **counts,
             "heldout_loss": heldout,
             "heldout_step": heldout_step,
             "config": self.config.to_dict(),
