@@ -123,6 +123,7 @@ def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_
     finally:
         end(job)
     assert job.returncode == 0 and "resuming at step 3" in out, out + err
+    assert "failed (exitcode: -9) local_rank: 1" in err, err
     undisturbed = start_job(corpus, tmp_path / "whole", *options)
     undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0
@@ -130,6 +131,25 @@ def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_
     assert [checkpoint.step for checkpoint in newest] == [12, 12]
     found, expected = (load_file(checkpoint.path / "model.safetensors") for checkpoint in newest)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(corpus, tmp_path):
+    """Without torchrun, whose store is gone with it, they would train on unseen."""
+    limits = ("--training.steps=100000", "--training.save_every=0", "--parallel.timeout_s=8")
+    job = start_job(corpus, tmp_path / "run", *limits)
+    ranks = []
+    try:
+        wait_for(job, "step 3/")
+        ranks = [process_of(job, rank) for rank in (0, 1)]
+        job.kill()
+        out, err = job.communicate(timeout=60)  # until the ranks have let go of its pipes
+    finally:
+        for pid in filter(is_alive, ranks):
+            os.kill(pid, signal.SIGKILL)
+        end(job)
+    found, refused = find_newest(tmp_path / "run")
+    assert f"stopped by SIGTERM after step {found.step}; checkpoint" in out and not refused, out + err
+    assert all(f"rank {rank}: its launcher, process {job.pid}, has ended" in err for rank in (0, 1)), err
 
 
 def train_with_a_slow_loader(config):

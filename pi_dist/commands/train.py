@@ -64,6 +64,8 @@ def run(arguments: Namespace) -> int:
         return 0
     if arguments.status:
         return _status(config_of(arguments))
+    is_launched = not os.environ.keys().isdisjoint(("RANK", "OMPI_COMM_WORLD_RANK"))
+    launcher = os.getppid() if is_launched else None  # before imports that take seconds
     import torch.distributed as dist
 
     from pi_dist.measure.record import resume
@@ -74,7 +76,7 @@ def run(arguments: Namespace) -> int:
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 
-    config, outcome = train(config_of(arguments))
+    config, outcome = train(config_of(arguments), launcher)
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
         if arguments.record is not None and outcome.losses:

@@ -108,8 +108,11 @@ def _check_agreement(facts: dict) -> None:
             raise ConfigError(f"rank 0 and rank {rank} do not run the same: {'; '.join(different)}")
 
 
-def train(config: Config) -> tuple[Config, Outcome]:
+def train(config: Config, launcher: int | None = None) -> tuple[Config, Outcome]:
     """Train, or go on training, the run of `config.run_dir`. Every rank calls it.
+
+    Args:
+        launcher: the parent process, if the run is to save and end when that has ended.
 
     Returns:
         The resolved configuration and how it ended.
@@ -131,7 +134,7 @@ def train(config: Config) -> tuple[Config, Outcome]:
     _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions() | source)
     mesh = make_mesh(config.parallel.sp_degree, device)
     say = Metrics.say if mesh.rank == 0 else None
-    with Watchdog(Path(config.run_dir) / "stacks", config.parallel.timeout_s, say) as watch:
+    with Watchdog(Path(config.run_dir) / "stacks", config.parallel.timeout_s, say, launcher) as watch:
         return config, _train(config, mesh, watch, index, heldout_index)
 
 

@@ -6,10 +6,13 @@ thread is in. If the main thread stays in a section for too long, the thread rea
 ranks whose beat stands still are stopped or cut off, and ranks in an earlier section keep the others waiting.
 Outside of sections (at the start, while evaluating or saving) any time may pass, but not without beats.
 Where rank 0 itself hosts the store and is the one that is stopped, the store does not answer, which says it.
+
+A rank whose launcher has ended, killed say, gets SIGTERM from that thread: it saves and ends as after any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -48,9 +51,17 @@ class Watchdog:
         directory: where the stacks go, `rank_N.txt` each, if it comes to that.
         timeout_s: the longest that a section may take.
         say: on rank 0, tells the user of a rank that keeps the others waiting; None: says nothing.
+        launcher: the parent process that must outlive this rank, if there is one.
     """
 
-    def __init__(self, directory: str | Path, timeout_s: float, say: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        timeout_s: float,
+        say: Callable[[str], None] | None,
+        launcher: int | None = None,
+    ) -> None:
+        self._launcher = launcher
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._path = Path(directory) / f"rank_{self._rank}.txt"
         self._timeout_s, self._say = timeout_s, say
@@ -154,6 +165,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval_s):
+            self._look_for_launcher()
             since = self._since
             late = time.monotonic() - since > self._timeout_s
             try:
@@ -168,6 +180,16 @@ class Watchdog:
                 if late:
                     text = f"the store of the process group, which rank 0 may host: {_first_line(error)}"
                     self._end([] if self._rank == 0 else [self._processes[0]], [text])
+
+    def _look_for_launcher(self) -> None:
+        """End this rank, at its next step boundary if it has come so far, once if its launcher has ended."""
+        if self._launcher is None or os.getppid() == self._launcher:
+            return
+        with contextlib.suppress(OSError):  # what the launcher read
+            text = f"rank {self._rank}: its launcher, process {self._launcher}, has ended; so does this rank"
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        self._launcher = None
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _tell_of_slow_ranks(self, beats: list[Beat]) -> None:
         """Say, once for each, that ranks have kept the others waiting for several beats."""
