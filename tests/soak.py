@@ -59,12 +59,25 @@ class Kill:
 
 
 class Attempt:
-    """All ranks of a run, started once; a context manager, after which none is left."""
+    """All ranks of a run, started once; a context manager, after which none is left.
 
-    def __init__(self, config: Path, run_dir: Path, world_size: int, log: Path) -> None:
+    `enter(rank)`, in the rank's process, makes it one of another host; it returns what the environment is
+    there.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        run_dir: Path,
+        world_size: int,
+        log: Path,
+        enter: Callable[[int], dict[str, str]] | None = None,
+    ) -> None:
+        multiprocessing.set_forkserver_preload(["tests_preload", "pi_dist.cli"])
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the fork server's
         self.log, self._checkpoints, self._began = log, directory(run_dir), time.time()
         context = multiprocessing.get_context("forkserver")
-        arguments = (world_size, free_port(), str(config), str(log))
+        arguments = (world_size, free_port(), str(config), str(log), enter)
         self.ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
         for process in self.ranks:
             process.start()
@@ -127,7 +140,14 @@ class Attempt:
         return tuple(running)
 
 
-def _rank(rank: int, world_size: int, port: int, config: str, log: str) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    config: str,
+    log: str,
+    enter: Callable[[int], dict[str, str]] | None,
+) -> None:
     """`pi-dist train`, as a launcher starts it."""
     from pi_dist.cli import main
 
@@ -143,6 +163,8 @@ def _rank(rank: int, world_size: int, port: int, config: str, log: str) -> None:
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
     }
+    if enter is not None:
+        os.environ |= enter(rank)
     main(["train", "--config", config])
 
 
@@ -189,8 +211,6 @@ def soak(
         AssertionError: the two differ in a weight, a moment or a loss; or a kill left a damaged checkpoint,
             or a rank that was not hit did not end by itself.
     """
-    multiprocessing.set_forkserver_preload(["tests_preload", "pi_dist.cli"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the fork server's
     generator = random.Random(seed)
     configs = [
         config_for(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,13 +22,14 @@ ROOT = Path(__file__).parents[1]
 UNSET = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "HOSTFILE", "MAX_RESTARTS")
 
 
-def config_for(corpus: Path, run_dir: Path, steps: int = 8) -> Config:
+def config_for(corpus: Path, run_dir: Path, device: str = "cpu") -> Config:
+    sizes = {"context": 128, "batch_size": 4, "steps": 8, "warmup_steps": 2, "save_every": 4}
     return Config(
         run_dir=str(run_dir),
         model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4),
         data=DataConfig(train=str(corpus / "train")),
-        parallel=ParallelConfig(sp_degree=2, zero_stage=2, device="cpu", timeout_s=60),
-        training=TrainingConfig(context=128, batch_size=4, steps=steps, warmup_steps=2, save_every=4),
+        parallel=ParallelConfig(sp_degree=2, zero_stage=2, device=device, timeout_s=60),
+        training=TrainingConfig(**sizes, compile=False),
     )
 
 
@@ -103,9 +106,63 @@ def test_torchrun_with_static_rendezvous(launch, expected, tmp_path):
     assert losses(tmp_path / "run") == expected
 
 
+def two_torchruns(config: Config, folder: Path, environments: list[dict[str, str]]) -> list[int]:
+    """Train on two nodes of one rank; returns the exit status of each node's torchrun. It writes log-N."""
+    folder.mkdir(exist_ok=True)
+    (folder / "c.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    base = {name: value for name, value in os.environ.items() if name not in UNSET}
+    started = []
+    try:
+        for node, environment in enumerate(environments):
+            own = base | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"} | environment
+            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--node-rank={node}", *where]
+            command = [*torchrun, "-m", "pi_dist", "train", f"--config={folder / 'c.yaml'}"]
+            with (folder / f"log-{node}").open("a") as log:
+                started.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+        return [process.wait(timeout=150) for process in started]
+    finally:
+        for process in started:
+            process.kill()  # its rank ends then by itself
+            process.wait()
+
+
+def check_a_lost_node(
+    corpus: Path,
+    folder: Path,
+    device: str,
+    environments: list[dict[str, str]],
+    expected: dict[int, float],
+    tolerance: float,
+) -> str:
+    """All processes of one of two nodes are killed in step 6; both, started again, train as if undisturbed.
+
+    Returns what the nodes say.
+    """
+    config = config_for(corpus, folder / "run", device)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, timeout_s=20))
+    folder.mkdir(exist_ok=True)
+    kill = "os.kill(os.getppid(), signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)"
+    (folder / "sitecustomize.py").write_text(in_a_step(1, 5, kill))
+    first, second = two_torchruns(config, folder, environments)
+    log = folder / "log-0"
+    assert first not in (0, -signal.SIGKILL) and second == -signal.SIGKILL, log.read_text()
+    assert "step 5/8" in log.read_text() and "step 6/8" not in log.read_text()
+    (folder / "sitecustomize.py").unlink()
+    assert two_torchruns(config, folder, environments) == [0, 0], log.read_text()
+    assert "resuming at step 4 from" in log.read_text()
+    assert losses(folder / "run") == pytest.approx(expected, rel=tolerance, abs=0)
+    return log.read_text() + (folder / "log-1").read_text()
+
+
+def test_a_lost_node_of_two_comes_back(corpus, expected, tmp_path):
+    """As `test_nccl.py` does with a GPU on each node."""
+    check_a_lost_node(corpus, tmp_path, "cpu", [{}, {}], expected, 0)
+
+
 def test_the_first_error_of_four_ranks_is_the_last_thing_said(launch, tmp_path):
     """Rank 2 raises in its second step; the collectives of the others fail then, and they say why."""
-    (tmp_path / "sitecustomize.py").write_text(BREAKS_IN_RANK_2)
+    (tmp_path / "sitecustomize.py").write_text(in_a_step(2, 1, "raise KeyError('injected')"))
     (process,) = launch("torchrun.sh", 4, {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert process.wait(timeout=150) == 1
     log = (tmp_path / "log-0").read_text()
@@ -117,8 +174,13 @@ def test_the_first_error_of_four_ranks_is_the_last_thing_said(launch, tmp_path):
     assert all("Traceback" not in text or "the first to fail was rank 2: KeyError" in text for text in said)
 
 
-BREAKS_IN_RANK_2 = """
-import os, sys, threading, time
+def in_a_step(rank: int, step: int, statement: str) -> str:
+    """A sitecustomize.py by which a rank executes a statement in an optimizer step (0 is the first)."""
+    return IN_A_STEP.format(rank=rank, step=step, statement=statement)
+
+
+IN_A_STEP = """
+import os, signal, sys, threading, time
 
 def break_it():
     while not hasattr(sys.modules.get("pi_dist.training.trainer"), "_Run"):
@@ -127,13 +189,13 @@ def break_it():
     step = run._step
 
     def broken(self, number, *others):
-        if number == 1:
-            raise KeyError("injected")
+        if number == {step}:
+            {statement}
         return step(self, number, *others)
 
     run._step = broken
 
-if os.environ.get("RANK") == "2":
+if os.environ.get("RANK") == "{rank}":
     threading.Thread(target=break_it, daemon=True).start()
 """
 

@@ -1,9 +1,12 @@
-"""The same checks as on gloo, on two GPUs over NCCL. Skipped, with the reason, where there are none."""
+"""The same checks as on gloo, on two GPUs over NCCL. Skipped, with the reason, where there are none.
+
+Or on two nodes with a GPU each, by torchrun."""
 
 from dataclasses import replace
 
 import pytest
 import test_key_exchange
+import test_launch
 import test_training_parity
 import torch
 from distributed import Ranks
@@ -71,3 +74,16 @@ def test_bf16_gradients_stay_within_the_error_of_bf16(pair, stage):
     """With dropout too."""
     found = pair.run(test_training_parity.on_a_rank, 2, [stage], {"precision": "bf16"}, False, "cuda")
     test_training_parity.check(found, tolerance=0.06)
+
+
+def test_a_lost_node_of_two_comes_back_over_sockets(corpus, tmp_path):
+    """Two torchruns with a GPU each, which reach one another by NCCL's sockets alone."""
+    sockets = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+    said = {"NCCL_DEBUG": "INFO"}
+    environments = [sockets | said | {"CUDA_VISIBLE_DEVICES": str(node)} for node in range(2)]
+    whole = test_launch.config_for(corpus, tmp_path / "whole" / "run", "cuda")
+    assert test_launch.two_torchruns(whole, tmp_path / "whole", environments) == [0, 0]
+    expected = test_launch.losses(tmp_path / "whole" / "run")
+    assert len(expected) == 8
+    text = test_launch.check_a_lost_node(corpus, tmp_path / "lost", "cuda", environments, expected, 1e-5)
+    assert "NET/Socket" in text and "via P2P" not in text and "via SHM" not in text

@@ -6,29 +6,34 @@ of this machine.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from soak import Attempt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_launch import BREAKS_IN_RANK_2
+from test_launch import in_a_step
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
+CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000  # of Linux
 NO_SLURM = 3  # local_cluster.sh: it is not here and cannot be installed
 HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` %j #1 ; touch pwned & \u03c0'
 
@@ -113,14 +118,17 @@ def submit(cluster, corpus, tmp_path):
     return make_submit(cluster, corpus, tmp_path)
 
 
-def make_submit(cluster: Cluster, corpus: Path, folder: Path) -> Callable[..., Submitted]:
-    config = {
+def config_of(corpus: Path, timeout_s: float) -> dict:
+    return {
         "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "attention_dropout": 0.1},
         "data": {"train": str(corpus / "train")},
-        "parallel": {"sp_degree": 2, "zero_stage": 2, "device": "cpu", "timeout_s": 60},
+        "parallel": {"sp_degree": 2, "zero_stage": 2, "device": "cpu", "timeout_s": timeout_s},
         "training": {"context": 128, "batch_size": 4, "steps": STEPS, "warmup_steps": 2, "save_every": 10},
     }
-    (folder / "a config.yaml").write_text(yaml.safe_dump(config))
+
+
+def make_submit(cluster: Cluster, corpus: Path, folder: Path) -> Callable[..., Submitted]:
+    (folder / "a config.yaml").write_text(yaml.safe_dump(config_of(corpus, 60)))
 
     def submit(
         name: str, *options: str, overrides: tuple[str, ...] = (), env: dict | None = None
@@ -189,11 +197,56 @@ def test_a_submitted_run_trains_on_two_nodes(cluster, undisturbed):
     assert logs == {"0"} and len(list(undisturbed.run_dir.glob("logs/*"))) == 2  # one rank on each node
 
 
-def test_four_nodes_train_the_same(cluster, undisturbed, submit):
-    job = submit("run", "--nodes=4")
+@pytest.fixture(scope="module")
+def on_four_nodes(cluster, corpus, tmp_path_factory) -> Submitted:
+    job = make_submit(cluster, corpus, tmp_path_factory.mktemp("four"))("run", "--nodes=4")
     assert cluster.ended(job.number, 300) == "COMPLETED", job.log
-    assert "4 ranks on cpu (dp 2 × sp 2)" in job.log
-    assert losses(job.run_dir) == pytest.approx(losses(undisturbed.run_dir), rel=1e-5)
+    return job
+
+
+def test_four_nodes_train_the_same(undisturbed, on_four_nodes):
+    assert "4 ranks on cpu (dp 2 × sp 2)" in on_four_nodes.log
+    assert losses(on_four_nodes.run_dir) == pytest.approx(losses(undisturbed.run_dir), rel=1e-5)
+
+
+def enter_host(namespaces: list[str], rank: int) -> dict[str, str]:
+    """Make this process one of the host of a network namespace, with its name; returns its environment."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespaces[rank]}") as namespace:
+        failed = libc.setns(namespace.fileno(), CLONE_NEWNET) or libc.unshare(CLONE_NEWUTS)
+    if failed:
+        raise OSError(ctypes.get_errno(), namespaces[rank])
+    socket.sethostname(f"node{rank + 1}")
+    return {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "eth0"}
+
+
+def test_one_of_four_hosts_is_cut_off_and_the_run_goes_on_when_it_is_back(
+    cluster, corpus, on_four_nodes, tmp_path
+):
+    """Without SLURM or torchrun, which would end ranks: those of all hosts end by themselves."""
+    if not cluster.namespaces:
+        pytest.skip("a link that is cut needs root and network namespaces")
+    config = config_of(corpus, timeout_s=5) | {"run_dir": str(tmp_path / "run")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    identify = ("bash", "-c", "ip netns identify $$")
+    names = [cluster.on(f"node{number}", *identify).strip() for number in range(1, 5)]
+
+    def attempt(number: int) -> Attempt:
+        log = tmp_path / f"log-{number}"
+        return Attempt(tmp_path / "c.yaml", tmp_path / "run", 4, log, partial(enter_host, names))
+
+    with attempt(0) as run:
+        assert run.until(lambda: run.steps >= 15), run.log.read_text()
+        cluster.on("node3", "ip", "link", "set", "eth0", "down")
+        try:
+            until(lambda: not run.running(), 45, lambda: f"ranks {run.running()}: {run.log.read_text()}")
+        finally:
+            cluster.on("node3", "ip", "link", "set", "eth0", "up")
+        assert all(rank.exitcode for rank in run.ranks) and "rank 2: no sign of life" in run.log.read_text()
+    with attempt(1) as run:
+        run.join()
+        assert "resuming at step 10 from" in run.log.read_text(), run.log.read_text()
+    assert_same_training(tmp_path / "run", on_four_nodes.run_dir)
 
 
 def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(cluster, undisturbed, submit):
@@ -334,7 +387,7 @@ def test_a_killed_rank_is_started_again_with_the_others(cluster, undisturbed, su
 
 
 def test_the_first_error_of_four_ranks_is_the_last_thing_said(cluster, submit, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(BREAKS_IN_RANK_2)
+    (tmp_path / "sitecustomize.py").write_text(in_a_step(2, 1, "raise KeyError('injected')"))
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     job = submit("run", "--gpus-per-node=2", env=environment)
     cluster.on("ctl", "scancel", job.number)
