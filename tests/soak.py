@@ -218,6 +218,7 @@ def soak(
             folder / name,
             sp=world_size,
             steps=kills * STEPS_PER_KILL,
+            workers=1,
             context=64 * world_size,
             batch_size=2,
             eval_every=10,

@@ -17,7 +17,7 @@ from pi_dist.training.watchdog import HUNG
 @pytest.fixture
 def saving(corpus, tmp_path):
     """Two ranks that are writing a checkpoint."""
-    config = config_for(corpus, tmp_path / "run", steps=100_000, save_every=2, eval_every=0, log_every=1)
+    config = config_for(corpus, tmp_path / "run", steps=100_000, workers=1, save_every=2, eval_every=0)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, timeout_s=5.0))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.to_dict()))
     with Attempt(tmp_path / "c.yaml", Path(config.run_dir), 2, tmp_path / "log") as run:
