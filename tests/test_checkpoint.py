@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +99,66 @@ def test_any_flipped_bit_is_refused_by_name_and_the_previous_one_used(saved, tmp
         assert find_newest(saved)[0].step == 2
 
 
+def test_what_is_no_checkpoint_under_the_name_of_a_newer_one_is_refused(saved, tmp_path):
+    """There is no pointer to the latest that could dangle; names are all that is looked at."""
+    (directory(saved) / "step-00000003").mkdir()
+    (directory(saved) / "step-00000004").symlink_to(tmp_path / "gone")
+    (directory(saved) / "step-00000005").write_bytes(b"")
+    found, refused = find_newest(saved)
+    assert found.step == 2
+    assert [text.split("/manifest.json: ")[0][-1] for text in refused] == ["5", "4", "3"]
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trap):
+        self.trap = trap
+
+    def __reduce__(self):
+        return Path.touch, (self.trap,)
+
+
+def read_all(config, path):
+    """The errors of reading a checkpoint as `pi-dist eval` and as a resumed run do."""
+    errors = []
+    for read in (
+        lambda: load_model(verify(path), torch.device("cpu")),
+        lambda: checkpoint.load(make_engine(config), verify(path)),
+    ):
+        try:
+            read()
+        except Exception as error:
+            errors.append(error)
+    return [str(error) for error in errors]
+
+
+def test_a_hostile_pickle_is_not_executed(saved, config, tmp_path):
+    """In place of any file that is read of a checkpoint, whose manifest was made to fit."""
+    trap, path = tmp_path / "trap", directory(saved) / "step-00000002"
+    hostile = pickle.dumps(Hostile(trap))
+    pickle.loads(hostile)
+    assert trap.exists()
+    trap.unlink()
+    contents = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "tokenizer.json"}
+    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    with Ranks(1) as ranks:
+        assert ranks.run(read_all, alone, path) == [[]]
+        for name in contents:
+            (path / name).write_bytes(hostile)
+            if name != "manifest.json":
+                files = {n: checkpoint._entry(path / n) for n in contents if n != "manifest.json"}
+                manifest = {"files": files, "sha256": checkpoint._self_hash(files)}
+                checkpoint._write_json(path / "manifest.json", manifest)
+            (errors,) = ranks.run(read_all, alone, path)
+            assert len(errors) == (1 if name.startswith("optimizer") else 2) and not trap.exists(), (
+                name,
+                errors,
+            )
+            for other, content in contents.items():
+                (path / other).write_bytes(content)
+
+
 def test_without_a_whole_checkpoint_the_run_does_not_start_anew(saved):
     for path in directory(saved).glob("step-*/state.json"):
         path.write_bytes(b"{}")
@@ -177,8 +239,6 @@ save_steps(pickle.loads({config!r}), range(1, 10**6), 2)
 
 def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
     """SIGKILL at twelve random moments of an endless series of saves."""
-    import pickle
-
     alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
     code = SAVE_FOREVER.format(paths=sys.path, config=pickle.dumps(alone))
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -206,6 +266,57 @@ def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
         assert found is not None and not refused
         model, _ = load_model(found, torch.device("cpu"))
         assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def save_copied_at_every_point(config, folder):
+    """Save a second checkpoint; before and after each of its calls that change the disk, copy run_dir.
+
+    Returns (where, what a kill at this point leaves) in order.
+    """
+    engine = make_engine(config)
+    tokenizer = ShardIndex.open(config.data.train).tokenizer_path
+    checkpoint.save(engine, config.run_dir, state_of(config, 1), tokenizer, 1)
+    points = []
+
+    def watched(owner, name):
+        call = getattr(owner, name)
+
+        def around(*arguments, **options):
+            for when in ("before", "after"):
+                copy = folder / f"rank-{engine.mesh.rank}-point-{len(points)}"
+                shutil.copytree(config.run_dir, copy)
+                path = next(argument for argument in arguments if isinstance(argument, Path))
+                points.append((f"{when} {name} of {path.name}", copy))
+                if when == "before":
+                    result = call(*arguments, **options)
+            return result
+
+        setattr(owner, name, around)
+
+    checkpoint.shutil = SimpleNamespace(copyfile=shutil.copyfile, rmtree=shutil.rmtree)
+    for name in ("save_file", "fsync", "_write_json"):
+        watched(checkpoint, name)
+    for name in ("copyfile", "rmtree"):
+        watched(checkpoint.shutil, name)
+    watched(Path, "rename")
+    checkpoint.save(engine, config.run_dir, state_of(config, 2), tokenizer, 1)
+    return points
+
+
+def test_whatever_a_kill_leaves_at_every_point_of_a_save_has_a_whole_checkpoint(config, tmp_path):
+    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    with Ranks(1) as ranks:
+        (points,) = ranks.run(save_copied_at_every_point, alone, tmp_path)
+    steps = []
+    for where, copy in points:
+        found, refused = find_newest(copy)
+        assert found is not None and not refused, (where, refused)
+        steps.append(found.step)
+    assert steps == sorted(steps) and set(steps) == {1, 2}
+    calls = {where for where, _ in points}
+    files = ("model.safetensors", "optimizer-00000-of-00001.safetensors", "tokenizer.json", "state.json")
+    synced = {f"{when} fsync of {name}" for when in ("before", "after") for name in (*files, "manifest.json")}
+    assert synced | {"before rename of .step-00000002.building", "after rmtree of step-00000001"} <= calls
 
 
 def test_exported_weights_are_the_model(saved, config):
