@@ -475,6 +475,12 @@ def test_a_taken_port_is_an_error_in_seconds(cluster, submit):
     assert f"port {port} of the head node" in Submitted(number, job.run_dir).log
 
 
+def test_an_interactive_allocation_is_a_shell_on_a_node(cluster):
+    shell = ("script", "-qec", f"bash {ROOT}/slurm/interactive.sh --nodelist=node2", "/dev/null")
+    said = cluster.on("ctl", *shell, input="echo on $SLURMD_NODENAME of $SLURM_JOB_NAME; exit\n")
+    assert "on node2 of pi-dist-shell" in said
+
+
 def test_doctor_names_the_nodes_that_do_not_see_each_other(cluster, tmp_path):
     """As slurm/interactive.sh shows it; between two of four nodes nothing passes."""
     if not cluster.namespaces:
