@@ -33,7 +33,7 @@ from pi_dist.training.kept_memory import KeptPlan, memory_of_ranks, plan_kept_ro
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
 from pi_dist.training.streaming import ON_DEVICE, streamed_losses
-from pi_dist.training.watchdog import COLLECTIVES_LATER_S, Watchdog
+from pi_dist.training.watchdog import COLLECTIVES_LATER_S, LAUNCHER_LOST, Watchdog
 
 
 class TrainingError(UserError):
@@ -66,7 +66,7 @@ class Outcome:
     skipped: int = 0
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, LAUNCHER_LOST)
 
 
 class _StopRequest:
@@ -112,7 +112,7 @@ def train(config: Config, launcher: int | None = None) -> tuple[Config, Outcome]
     """Train, or go on training, the run of `config.run_dir`. Every rank calls it.
 
     Args:
-        launcher: the parent process, if the run is to save and end when that has ended.
+        launcher: the parent process, if the run is to save and fail when that has ended.
 
     Returns:
         The resolved configuration and how it ended.
@@ -122,7 +122,7 @@ def train(config: Config, launcher: int | None = None) -> tuple[Config, Outcome]
         ShardError: the data are not what was prepared.
         CheckpointError: there are checkpoints and none is whole, or the last one could not be written.
         TrainingError: the loss or the gradient is not finite, more often in a row than the configuration
-            allows; no checkpoint is made of it.
+            allows; no checkpoint is made of it. Or a rank's launcher has ended; there is a checkpoint.
     """
     check(config, world_size_from_launcher())
     index, heldout_index = open_splits(config.data)
@@ -344,6 +344,8 @@ class _Run:
             batches.close()
             stop.restore()
         stopped_by = stopped_by if step < t.steps else None
+        if stopped_by == LAUNCHER_LOST.name:
+            raise TrainingError(f"the launcher of a rank has ended; step {step} is saved in {saved}")
         return Outcome(
             step,
             tuple(losses),

@@ -7,7 +7,8 @@ ranks whose beat stands still are stopped or cut off, and ranks in an earlier se
 Outside of sections (at the start, while evaluating or saving) any time may pass, but not without beats.
 Where rank 0 itself hosts the store and is the one that is stopped, the store does not answer, which says it.
 
-A rank whose launcher has ended, killed say, gets SIGTERM from that thread: it saves and ends as after any.
+A rank whose launcher has ended, killed say, gets LAUNCHER_LOST from that thread: the run saves and fails, so
+that the launchers of other nodes start it again, if they may.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pi_dist.config import ConfigError, UserError
 HUNG = 74  # EX_IOERR
 SECTIONS = ("data", "forward and backward", "update")  # of a step, in order
 LONGEST_INTERVAL_S = 5.0  # between beats
+LAUNCHER_LOST = signal.SIGUSR2
 COLLECTIVES_LATER_S = 30.0  # a collective's own time-out, which knows no names, comes so much later
 LAST_WORD_S = (
     3.0  # ranks that fail after another leave so much later: launchers report the end they see first
@@ -185,13 +187,11 @@ class Watchdog:
         """Once its launcher has ended, end this rank: at its next step boundary, if it has come so far."""
         if self._launcher is None or os.getppid() == self._launcher:
             return
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:  # as under SLURM, up to the first step
-            return
         with contextlib.suppress(OSError):  # what the launcher read
             text = f"rank {self._rank}: its launcher, process {self._launcher}, has ended; so does this rank"
             print(f"error: {text}", file=sys.stderr, flush=True)
         self._launcher = None
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), LAUNCHER_LOST)
 
     def _tell_of_slow_ranks(self, beats: list[Beat]) -> None:
         """Say, once for each, that ranks have kept the others waiting for several beats."""
