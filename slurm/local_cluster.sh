@@ -236,7 +236,7 @@ up() {
     for node in $(seq "$nodes"); do
         alive "$dir/run/slurmd.node$node.pid" slurmd || on "node$node" slurmd -N "node$node"
     done
-    if ! until_true 200 all_nodes_up; then
+    if ! until_true 600 all_nodes_up; then # one that was cut off may take half a minute
         on ctl sinfo -N -l >&2 || true
         fail "not all nodes came up; see $dir/log"
     fi
