@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from distributed import free_port
 
-from pi_dist.measure.links import _link, _pairs
+from pi_dist.measure.links import _Job, _link, _pairs, _presence
 
 ROOT = Path(__file__).parents[1]
 DOCTOR = (sys.executable, "-m", "pi_dist", "doctor", "--json", "-")
@@ -112,3 +112,13 @@ def test_one_line_for_a_pair_of_hosts_and_the_worst_counts():
     assert link.name == "a - b" and link.detail == "5 µs, 0.52 GB/s (ranks 0-1, 2-3)"
     broken = _link(("a", "a"), [((0, 1), [1e-6, 0.032]), ((1, 2), "timed out")])
     assert (broken.name, broken.state, broken.detail) == ("within a", "missing", "ranks 1 and 2: timed out")
+
+
+def test_ranks_that_only_lost_one_that_gave_up_are_not_named_beside_it():
+    hosts = dict(enumerate("abcd"))
+    lost = "Gloo connectFullMesh failed with [...] Connection closed by peer [10.0.0.3]:1. This is typically"
+    cut = {0: lost, 2: "connect: No route to host", 3: ""}  # rank 1 says nothing
+    found = _presence(_Job(None, 0, 4, 8.0), hosts, cut)
+    assert [f.name for f in found] == ["rank 1", "rank 2"]
+    assert found[0].detail == "rank 1 on b has not answered within 8 s" and "No route" in found[1].detail
+    assert [f.name for f in _presence(_Job(None, 0, 2, 8.0), hosts, {0: lost, 1: ""})] == ["rank 0"]

@@ -24,6 +24,7 @@ from pi_dist.parallel.process_group import choose_device, find_launcher
 
 _SMALL, _LARGE, _BLOCK = 8, 32 * 2**20, 2**20  # bytes: latency, bandwidth, of each rank to each other one
 _NO_ANSWER = (dist.DistStoreError, dist.DistNetworkError)
+_GAVE_UP = "Connection closed by peer"  # in Gloo's words
 _REMEDY = "ranks exchange rows and gradients over this: {}"
 
 
@@ -111,17 +112,19 @@ def _join(job: _Job, store: dist.Store, device: torch.device, timeout: timedelta
 
 
 def _presence(job: _Job, hosts: dict[int, object], joined: dict[int, object]) -> list[Finding]:
-    """Who is there; who has not come, or cannot be reached by whom."""
+    """Who is there; who has not come, or cannot be reached by whom.
+
+    Of a rank that only lost the connection to one that gave up nothing is said beside that one.
+    """
     remedy = _REMEDY.format("is the rank running, and are ports open between the nodes?")
+    failed = {rank for rank in range(job.world_size) if joined.get(rank, "absent")}
+    followed = {rank for rank in failed if _GAVE_UP in str(joined.get(rank))}
     findings = []
-    for rank in range(job.world_size):
+    for rank in sorted(failed - followed or followed):
         where = f"rank {rank} on {hosts[rank]}" if rank in hosts else f"rank {rank}"
-        if rank not in joined:
-            detail = f"{where} has not answered within {job.timeout_s:.0f} s"
-        elif joined[rank]:
+        detail = f"{where} has not answered within {job.timeout_s:.0f} s"
+        if rank in joined:
             detail = f"{where} cannot reach all others: {joined[rank]}"
-        else:
-            continue
         findings.append(Finding(f"rank {rank}", "missing", detail, remedy, required=True))
     if not findings:
         backend = dist.get_backend()
