@@ -68,11 +68,13 @@ def run(arguments: Namespace) -> int:
     launcher = os.getppid() if is_launched else None  # before imports that take seconds
     import torch.distributed as dist
 
-    from pi_dist.measure.record import resume
     from pi_dist.parallel.process_group import check_world_size
     from pi_dist.training.trainer import train
 
-    resume(arguments.record, {})  # refuses one of another device before any work
+    if arguments.record is not None:
+        from pi_dist.measure.record import resume
+
+        resume(arguments.record, {})  # refuses one of another device before any work
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 

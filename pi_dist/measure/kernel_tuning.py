@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from pi_dist.config import UserError
-from pi_dist.kernels.block_sizes import Blocks
+from pi_dist.kernels import block_sizes
+from pi_dist.kernels.block_sizes import BANDS, Blocks, name
 from pi_dist.measure.kernel_bench import HEADS, Case, compile_all, inputs, runner, timed
 
 TOKENS = 131072
@@ -49,7 +50,6 @@ def _candidates(
 
 def trials(head_dim: int) -> list[Trial]:
     """All that there are; entries for windows come first, since patterns with skips use them too."""
-    from pi_dist.kernels.block_sizes import BANDS, name
     from pi_dist.ops.triton_launches import NARROW, WALKED, WALKED_BYTES
 
     timed_on = [("ring", band, Case(head_dim, TOKENS, band, 0)) for band in BANDS]
@@ -75,7 +75,6 @@ def trials(head_dim: int) -> list[Trial]:
 
 def use(entry: str, sizes: Blocks) -> None:
     """Let every launch from here on take these sizes for an entry of the table."""
-    from pi_dist.kernels import block_sizes
     from pi_dist.ops.triton_launches import plan_of
 
     block_sizes.table()[entry] = sizes
@@ -104,8 +103,6 @@ def tune(head_dim: int, entries: Sequence[str] | None = None, path: str | None =
     """
     from triton import OutOfResources
     from triton.runtime.errors import PTXASError
-
-    from pi_dist.kernels import block_sizes
 
     if not torch.cuda.is_available():
         raise UserError(

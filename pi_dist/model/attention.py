@@ -58,12 +58,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, pattern: PiPattern) -> None:
         super().__init__()
         self.config, self.layer, self.pattern = config, layer, pattern
-        self.method, self.head_dim = config.methods[layer], config.head_dim
+        self.method = config.methods[layer]
         gated = config.gated(layer)
         self.gate = Gate(config) if gated else None
-        kv_size = config.kv_heads * config.head_dim
-        self.sizes = [config.hidden_size, kv_size, kv_size, self.gate.projected if gated else 0]
-        self.projection = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        columns = (config.num_heads + 2 * config.kv_heads) * config.head_dim
+        columns += self.gate.projected if gated else 0
+        self.projection = nn.Linear(config.hidden_size, columns, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def split(
@@ -77,7 +77,8 @@ class Attention(nn.Module):
         q, k, v, raised = split_projection(projected, table, *heads)
         if self.gate is None:
             return q, k, v, None
-        return q, k, v, self.gate(raised if self.gate.projected else projected[..., : self.sizes[0]])
+        query = projected[..., : self.config.hidden_size]  # before it is rotated
+        return q, k, v, self.gate(raised if self.gate.projected else query)
 
     def attend(
         self, projected: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], context: SequenceContext
