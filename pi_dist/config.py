@@ -185,6 +185,10 @@ class TrainingConfig:
     """Compile what lies around attention in every block (torch.compile), so that norms, GELU and sums are
     fused; rotary positions and the gate have kernels of their own. null: where there is a GPU, but not in
     ZeRO 3, which gathers a module's parameters when Python calls it, as compiled code does not."""
+    cuda_graphs: bool | None = None
+    """Capture the forward and backward pass of a micro-batch once, and replay it: the host no longer launches
+    each kernel, which takes it longer than the GPU below some tens of thousands of tokens a GPU. null: where
+    it can be done (on GPUs, bf16, ZeRO 1, no dropout, offload or chunks) up to 65536 tokens of a rank."""
     activation_offload: bool = False
     """Keep these inputs in pinned host memory until the backward pass comes to them."""
     mlp_tile_tokens: int | None = None
@@ -426,6 +430,8 @@ def check(config: Config, world_size: int = 1) -> None:
         f"parallel.zero_stage ({p.zero_stage}) < 3",
         "tiles need the MLP's parameters outside its module, where ZeRO 3 does not gather them",
     )
+    for holds, equation in _can_be_captured(config):
+        _require(holds or not t.cuda_graphs, "training.cuda_graphs", f"{equation} for true")
     _require(
         t.context % p.sp_degree == 0,
         "parallel.sp_degree",
@@ -492,6 +498,31 @@ def compiles(config: Config, device_type: str) -> bool:
     """Whether blocks are compiled on a device of this type."""
     wanted = config.training.compile
     return device_type == "cuda" and config.parallel.zero_stage < 3 if wanted is None else wanted
+
+
+GRAPHED_TOKENS = 65536  # of a rank and micro-batch; beyond, the host is always faster than the GPU
+
+
+def replays_graphs(config: Config, device_type: str) -> bool:
+    """Whether micro-batches are captured and replayed on a device of this type."""
+    t, wanted = config.training, config.training.cuda_graphs
+    if wanted is None:
+        tokens = t.micro_batch_size * t.context // config.parallel.sp_degree
+        wanted = tokens <= GRAPHED_TOKENS and all(holds for holds, _ in _can_be_captured(config))
+    return wanted and device_type == "cuda"
+
+
+def _can_be_captured(config: Config) -> list[tuple[bool, str]]:
+    """(whether it holds, the equation): what a micro-batch must be for graphs to stand for it."""
+    m, p, t = config.model, config.parallel, config.training
+    return [
+        (p.device != "cpu", f"parallel.device ({p.device!r}) != 'cpu'"),
+        (p.zero_stage == 1, f"parallel.zero_stage ({p.zero_stage}) == 1"),
+        (t.precision == "bf16", f"precision ({t.precision!r}) == 'bf16'"),
+        (m.attention_dropout == 0, f"model.attention_dropout ({m.attention_dropout}) == 0"),
+        (not t.activation_offload, "activation_offload == false"),
+        (t.chunk_tokens is None, "chunk_tokens == null"),
+    ]
 
 
 def num_chunks(training: TrainingConfig) -> int:

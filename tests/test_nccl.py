@@ -5,6 +5,7 @@ Or on two nodes with a GPU each, by torchrun."""
 from dataclasses import replace
 
 import pytest
+import test_cuda_graph
 import test_key_exchange
 import test_launch
 import test_training_parity
@@ -74,6 +75,20 @@ def test_bf16_gradients_stay_within_the_error_of_bf16(pair, stage):
     """With dropout too."""
     found = pair.run(test_training_parity.on_a_rank, 2, [stage], {"precision": "bf16"}, False, "cuda")
     test_training_parity.check(found, tolerance=0.06)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("overlap", ["interior", "none", "pipelined"])
+def test_replayed_exchange_changes_no_bit(pair, overlap, documents):
+    options = {"overlap": overlap, "exchange": "all_to_all" if overlap == "none" else "ring_all_to_all"}
+    found = pair.run(test_cuda_graph.on_a_rank, 2, {}, options, {"micro_batch_size": 2}, documents)
+    test_cuda_graph.check_equal(found)
+
+
+@pytest.mark.parametrize("method", ["window", "ring", "ulysses", ["pi", "ring"]], ids=str)
+def test_replayed_steps_of_every_method_are_the_same(pair, method):
+    found = pair.run(test_cuda_graph.on_a_rank, 2, {"method": method}, {}, {}, False)
+    test_cuda_graph.check_equal(found, 0.0 if method == "window" else 1e-3)
 
 
 def test_a_lost_node_of_two_comes_back_over_sockets(corpus, tmp_path):

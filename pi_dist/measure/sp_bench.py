@@ -66,6 +66,7 @@ class Setup:
     overlap: Overlap = "interior"
     exchange: str = "ring_all_to_all"
     batch: int = 1
+    cuda_graphs: bool | None = None
 
     def config(self, tokens: int, num_ranks: int, device: str, precision: str) -> Config:
         """The run's configuration at a context; raises ConfigError if it cannot be split so."""
@@ -81,6 +82,7 @@ class Setup:
                 micro_batch_size=self.batch,
                 precision=precision,
                 activation_checkpointing=True,
+                cuda_graphs=self.cuda_graphs,
             ),
         )
         check(config, num_ranks)
@@ -103,6 +105,7 @@ def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterato
                             )
                             yield mode, False
                     yield Setup(preset, method, **WIDE, batch=2), False  # what pipelined is compared with
+                    yield Setup(preset, method, **WIDE, cuda_graphs=False), False
             elif method in (("window", "dense") if num_ranks == 1 else ("window", "ring", "ulysses")):
                 yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
 
@@ -112,13 +115,15 @@ def measure(
 ) -> tuple[dict[str, Any], list[Kernel]]:
     """(a row of the record, the kernels of a step on this GPU).
 
-    The first step, which compiles, is also the one whose bytes are counted.
+    The first step, which compiles, is the one whose bytes are counted; in the second, graphs are captured.
     """
     cuda, steps = mesh.device.type == "cuda", Steps(engine, mesh, config)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with counted_bytes() as sent:
+        first = steps.timed()
+    if first < TIMED_S:
         steps.timed()
     first = steps.timed()
     number = min(TIMED_STEPS, int(TIMED_S / first))
@@ -162,8 +167,7 @@ def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | Non
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    keys = ("preset", "method", "window", "stride", "num_skips", "overlap", "exchange", "batch", "tokens")
-    return *(row[key] for key in keys), row["world_size"]
+    return *(row[key] for key in (*Setup.__dataclass_fields__, "tokens")), row["world_size"]
 
 
 def _rows_of(record: Record, setup: Setup, world_size: int) -> list[dict[str, Any]]:
@@ -253,7 +257,7 @@ def _run(
             elif guess is not None and guess["ms"] > SLOWEST_MS:
                 shape = step_row(config, mesh.world_size, guess["ms"] / 1e3, None)
                 fits = "peak_mib" not in guess or guess["peak_mib"] < _capacity_mib(mesh)
-                record.add(shape | {"preset": setup.preset, "fits": fits} | guess | {"measured": False})
+                record.add(shape | vars(setup) | {"fits": fits} | guess | {"measured": False})
             elif agreed(time.monotonic() > until):
                 return False
             else:
@@ -262,7 +266,7 @@ def _run(
                     model = PiTransformer.of_run(config, mesh.device.type)
                     engine = Engine(model, config, mesh)
                 row, kernels = measure(engine, mesh, config, model)
-                record.add({"preset": setup.preset} | row)
+                record.add(row | vars(setup))
                 if trace is not None and is_last_rank() and not Path(trace).exists():
                     content = {"row": row, "kernels": [list(kernel) for kernel in kernels]}
                     Path(trace).write_text(json.dumps(content))
@@ -286,7 +290,8 @@ def _capacity_mib(mesh: Mesh) -> float:
 
 def _line(row: dict[str, Any]) -> str:
     what = f"{row['preset']:<7} {row['method']:<8} k {row['window']:<3} M {row['num_skips']:<2} "
-    what += f"{row['overlap']:<9} {row['exchange']:<15} B {row['batch']} n {row['tokens']:>9,} "
+    what += f"{row['overlap']:<9} {row['exchange']:<15} B {row['batch']} "
+    what += f"{'no graphs ' if row['cuda_graphs'] is False else ''}n {row['tokens']:>9,} "
     what += f"P {row['world_size']}"
     if row["ms"] is None:
         return f"{what}  {row['note']}"

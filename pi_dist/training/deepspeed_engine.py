@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pi_dist.config import Config, accumulation_steps, num_chunks
+from pi_dist.config import Config, accumulation_steps, num_chunks, replays_graphs
 from pi_dist.parallel.mesh import Mesh
+from pi_dist.training.cuda_graph import GraphedModel
 from pi_dist.training.optimizer import guard_update, learning_rate, make_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -166,9 +167,10 @@ class Engine:
         model.to(mesh.device)
         if _low_precision_parameters(config):
             model.to(torch.bfloat16)
+        self._graphed = GraphedModel(model) if replays_graphs(config, mesh.device.type) else None
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory statistics
             self.engine, *_ = deepspeed.initialize(
-                model=model,
+                model=model if self._graphed is None else self._graphed,
                 optimizer=make_optimizer(model, config.training),
                 config=deepspeed_config(config, mesh.world_size),
                 dist_init_required=False,
@@ -185,7 +187,13 @@ class Engine:
         for owner, methods in zip((self.engine.optimizer, self.engine), self._replaced, strict=True):
             for name in methods:
                 delattr(owner, name)
+        if self._graphed is not None:
+            self._graphed.forget()
         self.engine.destroy()
+
+    def as_it_is(self) -> contextlib.AbstractContextManager[None]:
+        """In here, each kernel is launched by the host, whether or not the run replays graphs."""
+        return contextlib.nullcontext() if self._graphed is None else self._graphed.as_it_is()
 
     def eval(self) -> None:
         """No dropout from here on."""

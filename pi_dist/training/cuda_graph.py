@@ -1,0 +1,167 @@
+"""A micro-batch's forward and backward pass as two CUDA graphs.
+
+The host launches two graphs where it would launch a thousand kernels and collectives one by one, for which it
+needs longer than the GPU below some tens of thousands of tokens a GPU; more so if ranks exchange rows. What
+is computed is the same, bit for bit. Attention's exchange with other ranks is in the graphs, what ZeRO does
+with the gradients is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from pi_dist.model.attention import SequenceContext
+from pi_dist.model.transformer import PiTransformer
+
+
+class GraphedModel(nn.Module):
+    """A model that captures its training passes, and replays them on batches that are alike.
+
+    The first pass of its kind runs as it is, which compiles kernels and connects ranks; the second is
+    captured. One kind is kept: a batch of another shape begins anew. Where the graphs do not fit into memory,
+    which each rank finds for itself, passes run as they are.
+    """
+
+    def __init__(self, model: PiTransformer) -> None:
+        super().__init__()
+        self.model = model
+        self._replays = True
+        self._kind: tuple[Any, ...] | None = None
+        self._graphs: _Graphs | None = None
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        context: SequenceContext | None = None,
+        head: bool = True,
+    ) -> torch.Tensor:
+        """As the model's. A loss that is replayed leaves gradients in place of those that parameters have."""
+        as_it_is = not (self._replays and self.training and torch.is_grad_enabled())
+        if as_it_is or labels is None or context is None or context.kept is not None or not head:
+            return self.model(tokens, labels, context, head)
+        has_documents = context.labels is not None
+        kind = (tokens.shape, has_documents, replace(context, labels=None, row_start=0, seed=0))
+        if kind != self._kind:
+            self.forget()
+            self._kind = kind
+            return _until_backward(self.model(tokens, labels, context))
+        inputs = [tokens, labels] + ([context.labels] if has_documents else [])
+        if self._graphs is None:
+            try:
+                self._graphs = _Graphs(self.model, inputs, context)
+            except torch.OutOfMemoryError:
+                self._replays = False
+                torch.cuda.empty_cache()
+                return self.model(tokens, labels, context)
+        return _Replay.apply(self._graphs.anchor, self._graphs, inputs)
+
+    def forget(self) -> None:
+        """Free the graphs, and the memory that only they use."""
+        self._kind = self._graphs = None
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Capture and replay nothing in here."""
+        before, self._replays = self._replays, False
+        try:
+            yield
+        finally:
+            self._replays = before
+
+
+class _Graphs:
+    """The two graphs of one kind of micro-batch, and the tensors that they read and write.
+
+    Args:
+        inputs: tokens, labels, and the documents of whole sequences if they are told apart.
+    """
+
+    def __init__(self, model: PiTransformer, inputs: list[torch.Tensor], context: SequenceContext) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        self.anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        tokens, labels, *documents = self.inputs
+        context = replace(context, labels=documents[0] if documents else None)
+        self.parameters = list(model.parameters())
+        for parameter in self.parameters:
+            parameter.grad = None
+        with _capturing(self.forward):
+            loss = model(tokens, labels, context)
+        self.loss, self.dloss = loss.detach(), torch.ones_like(loss)
+        with _capturing(self.backward, self.forward.pool()):
+            loss.backward(self.dloss)
+        self.gradients = [parameter.grad for parameter in self.parameters]
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Capture into a graph. Other threads, as that which watches NCCL, may go on calling CUDA.
+
+    Raises:
+        OutOfMemoryError: and not what ending the broken capture then says.
+    """
+    failure = None
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                failure = error
+                raise
+    except RuntimeError:
+        if failure is not None:
+            raise failure from None
+        raise
+
+
+def _until_backward(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, holding its graph no longer than until its backward pass, whoever holds the loss.
+
+    That graph has a node for each parameter's gradient, which would go on belonging to the stream of this
+    pass, and which a later pass, captured on another, would find and use.
+    """
+    anchor = torch.zeros((), device=loss.device, requires_grad=True)
+    return _UntilBackward.apply(anchor, [loss])
+
+
+class _UntilBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, held: list[torch.Tensor]) -> torch.Tensor:
+        ctx.held = held
+        return held[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        ctx.held.pop().backward(dloss)
+        return None, None
+
+
+class _Replay(torch.autograd.Function):
+    """The loss of the inputs; its backward pass puts the gradients where parameters have theirs."""
+
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, graphs: _Graphs, inputs: list[torch.Tensor]) -> torch.Tensor:
+        for mine, given in zip(graphs.inputs, inputs, strict=True):
+            mine.copy_(given)
+        ctx.graphs = graphs
+        graphs.forward.replay()
+        return graphs.loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        graphs = ctx.graphs
+        graphs.dloss.copy_(dloss)
+        graphs.backward.replay()
+        for parameter, gradient in zip(graphs.parameters, graphs.gradients, strict=True):
+            parameter.grad = gradient
+        return None, None, None

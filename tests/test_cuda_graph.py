@@ -1,0 +1,148 @@
+"""Replayed micro-batches change nothing: losses, gradient norms and weights of a few steps, bit for bit."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from distributed import Ranks
+
+from pi_dist.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+    check,
+    replays_graphs,
+)
+from pi_dist.data.loader import Batch
+from pi_dist.model.attention import SequenceContext
+from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.exchange_plan import shard_starts
+from pi_dist.parallel.mesh import make_mesh
+from pi_dist.training.cuda_graph import GraphedModel
+from pi_dist.training.deepspeed_engine import Engine
+from pi_dist.training.streaming import streamed_losses
+
+CONTEXT, STEPS = 512, 3
+MODEL = {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "vocab_size": 512, "window": 8, "stride": 16}
+MODEL |= {"num_skips": 2}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_a_rank(sp, model, parallel, training, documents):
+    """[(losses, gradient norms, weights by name) of steps as they are, and of replayed ones]."""
+    mesh = make_mesh(sp, torch.device("cuda"))
+    results = []
+    for cuda_graphs in (False, None):
+        t = {"context": CONTEXT, "precision": "bf16", "warmup_steps": 0, "compile": False} | training
+        t["batch_size"] = 2 * t.get("micro_batch_size", 1)
+        config = Config(
+            model=ModelConfig(**MODEL | model),
+            parallel=ParallelConfig(sp_degree=sp, device="cuda", **parallel),
+            training=TrainingConfig(**t, cuda_graphs=cuda_graphs),
+        )
+        check(config, mesh.world_size)
+        engine = Engine(PiTransformer.of_run(config, "cuda"), config, mesh)
+        losses, norms = [], []
+        for step in range(STEPS):
+            valid = torch.tensor(float(CONTEXT * t["batch_size"]), device="cuda")
+            for micro_step in range(2):
+                batch = batch_of(config, mesh, 2 * step + micro_step, documents)
+                for loss in streamed_losses(engine, mesh, batch, config.parallel, 0, None):
+                    engine.backward(loss, valid)
+                    engine.step(step)
+                    losses.append(loss.item())
+            norms.append(engine.gradient_norm().item())
+        assert (engine._graphed is not None and engine._graphed._graphs is not None) == (cuda_graphs is None)
+        weights = {name: state["weight"].to("cpu", copy=True) for name, state in engine.state()}
+        results.append((losses, norms, weights))
+        engine.close()
+    return results
+
+
+def batch_of(config, mesh, number, documents):
+    """This rank's part of other tokens for every number; of documents that begin elsewhere each time."""
+    generator = torch.Generator().manual_seed(number)
+    shape = (config.training.micro_batch_size, CONTEXT)
+    tokens, labels = (torch.randint(0, 512, shape, generator=generator) for _ in range(2))
+    ids = (torch.arange(CONTEXT) > 50 + 60 * number).int().expand(shape) if documents else None
+    starts = shard_starts(CONTEXT, mesh.sp_degree, mesh.sp_rank, config.balanced, None)
+    length = CONTEXT // mesh.sp_degree // len(starts)
+    columns = [start + t for start in starts for t in range(length)]
+    mine = (None if x is None else x[:, columns] for x in (tokens, labels, ids))
+    return Batch(*mine, starts=starts, row_start=0)
+
+
+def check_equal(found, tolerance=0.0):
+    for (losses, norms, weights), (replayed, replayed_norms, replayed_weights) in found:
+        assert replayed == pytest.approx(losses, rel=tolerance, abs=0)
+        assert replayed_norms == pytest.approx(norms, rel=10 * tolerance, abs=0)
+        for name, weight in weights.items():
+            assert torch.allclose(replayed_weights[name], weight, rtol=tolerance, atol=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def one():
+    with Ranks(1, backend="nccl", timeout_s=300.0) as ranks:
+        yield ranks
+
+
+@GPU
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True, "selective"])
+def test_replayed_steps_change_no_bit(one, activation_checkpointing, documents):
+    training = {"activation_checkpointing": activation_checkpointing, "micro_batch_size": 2}
+    training["compile"] = activation_checkpointing == "selective"
+    check_equal(one.run(on_a_rank, 1, {}, {}, training, documents))
+
+
+@GPU
+@pytest.mark.parametrize("options", [{"method": "dense"}, {"num_kv_heads": 1, "gate": "static"}], ids=str)
+def test_replayed_steps_of_other_models(one, options):
+    check_equal(one.run(on_a_rank, 1, options, {}, {}, False), 1e-3 if "method" in options else 0.0)
+
+
+@GPU
+def test_tiles_of_the_mlp_are_replayed(one):
+    training = {"activation_checkpointing": True, "mlp_tile_tokens": 128}
+    check_equal(one.run(on_a_rank, 1, {}, {}, training, False))
+
+
+def test_a_first_pass_leaves_no_node_of_a_parameter():
+    """Nodes of the stream that it ran on would spoil the capture that follows; its loss may be held on to."""
+    model = PiTransformer(ModelConfig(**MODEL), CONTEXT, 1, activation_checkpointing=True)
+    tokens, labels = torch.randint(0, 512, (2, 1, CONTEXT))
+    context = SequenceContext()
+    model(tokens, labels, context).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss = GraphedModel(model)(tokens, labels, context)
+    nodes = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.parameters()]
+    for node in nodes:
+        node.metadata["is"] = "of the first pass"
+    del node, nodes
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+        assert not torch.autograd.graph.get_gradient_edge(parameter).node.metadata, name
+
+
+def config_of(**changes):
+    values = asdict(TrainingConfig(context=CONTEXT, precision="bf16"))
+    return Config(training=TrainingConfig(**values | changes))
+
+
+def test_long_and_other_batches_run_as_they_are():
+    assert replays_graphs(config_of(), "cuda")
+    assert not replays_graphs(config_of(), "cpu")
+    assert not replays_graphs(config_of(cuda_graphs=False), "cuda")
+    assert not replays_graphs(config_of(context=131072), "cuda")
+    assert replays_graphs(config_of(context=131072, cuda_graphs=True), "cuda")
+    assert not replays_graphs(config_of(chunk_tokens=128), "cuda")
+    assert not replays_graphs(config_of(precision="fp32"), "cuda")
+
+
+def test_what_cannot_be_captured_is_refused():
+    with pytest.raises(ConfigError, match=r"training.cuda_graphs: precision \('fp32'\) == 'bf16' for true"):
+        check(config_of(precision="fp32", cuda_graphs=True))
