@@ -1,6 +1,7 @@
 """Replayed micro-batches change nothing: losses, gradient norms and weights of a few steps, bit for bit."""
 
 from dataclasses import asdict
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pi_dist.model.attention import SequenceContext
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
-from pi_dist.training.cuda_graph import GraphedModel
+from pi_dist.training import deepspeed_engine
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.streaming import streamed_losses
 
@@ -109,23 +110,39 @@ def test_tiles_of_the_mlp_are_replayed(one):
     check_equal(one.run(on_a_rank, 1, {}, {}, training, False))
 
 
+def on_one_rank():
+    """(gradients as they are, gradients of a first pass, parameters whose nodes outlived it), bf16."""
+    mesh = make_mesh(1, torch.device("cpu"))
+    config = Config(
+        model=ModelConfig(**MODEL),
+        parallel=ParallelConfig(device="cpu"),
+        training=TrainingConfig(
+            context=CONTEXT, precision="bf16", batch_size=1, activation_checkpointing=True
+        ),
+    )
+    tokens, labels = torch.randint(0, 512, (2, 1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    gradients, outlived = [], []
+    for replays in (False, True):
+        with patch.object(deepspeed_engine, "replays_graphs", lambda *_, replays=replays: replays):
+            engine = Engine(model := PiTransformer(config.model, CONTEXT, 1, True), config, mesh)
+        loss = engine(tokens, labels, SequenceContext())
+        for parameter in model.parameters():
+            torch.autograd.graph.get_gradient_edge(parameter).node.metadata["is"] = "of the first pass"
+        engine.backward(loss, torch.tensor(1.0))
+        gradients.append({name: gradient.clone() for name, gradient in engine.gradients()})
+        for name, parameter in model.named_parameters():
+            if replays and torch.autograd.graph.get_gradient_edge(parameter).node.metadata:
+                outlived.append(name)
+    return *gradients, outlived
+
+
 def test_a_first_pass_leaves_no_node_of_a_parameter():
     """Nodes of the stream that it ran on would spoil the capture that follows; its loss may be held on to."""
-    model = PiTransformer(ModelConfig(**MODEL), CONTEXT, 1, activation_checkpointing=True)
-    tokens, labels = torch.randint(0, 512, (2, 1, CONTEXT))
-    context = SequenceContext()
-    model(tokens, labels, context).backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    loss = GraphedModel(model)(tokens, labels, context)
-    nodes = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.parameters()]
-    for node in nodes:
-        node.metadata["is"] = "of the first pass"
-    del node, nodes
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, expected[name]), name
-        assert not torch.autograd.graph.get_gradient_edge(parameter).node.metadata, name
+    with Ranks(1) as ranks:
+        ((expected, found, outlived),) = ranks.run(on_one_rank)
+    assert not outlived
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
 def config_of(**changes):
