@@ -168,7 +168,7 @@ class Engine:
         if _low_precision_parameters(config):
             model.to(torch.bfloat16)
         self._graphed = GraphedModel(model) if replays_graphs(config, mesh.device.type) else None
-        # its bf16 optimizer prints memory statistics; and would keep a graph, of all parameters end to end, whose
+        # its bf16 optimizer prints memory statistics; and would keep an autograd graph of all parameters, whose
         # nodes for their gradients could not be captured
         with contextlib.redirect_stdout(io.StringIO()), torch.set_grad_enabled(self._graphed is None):
             self.engine, *_ = deepspeed.initialize(
