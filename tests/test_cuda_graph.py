@@ -146,7 +146,7 @@ def test_a_first_pass_leaves_no_node_of_a_parameter():
 
 
 def config_of(**changes):
-    values = asdict(TrainingConfig(context=CONTEXT, precision="bf16"))
+    values = asdict(TrainingConfig(context=CONTEXT, precision="bf16", cuda_graphs=None))
     return Config(training=TrainingConfig(**values | changes))
 
 

@@ -66,7 +66,7 @@ class Setup:
     overlap: Overlap = "interior"
     exchange: str = "ring_all_to_all"
     batch: int = 1
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool | None = False
 
     def config(self, tokens: int, num_ranks: int, device: str, precision: str) -> Config:
         """The run's configuration at a context; raises ConfigError if it cannot be split so."""
@@ -105,7 +105,7 @@ def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterato
                             )
                             yield mode, False
                     yield Setup(preset, method, **WIDE, batch=2), False  # what pipelined is compared with
-                    yield Setup(preset, method, **WIDE, cuda_graphs=False), False
+                    yield Setup(preset, method, **WIDE, cuda_graphs=None), False
             elif method in (("window", "dense") if num_ranks == 1 else ("window", "ring", "ulysses")):
                 yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
 
@@ -291,7 +291,7 @@ def _capacity_mib(mesh: Mesh) -> float:
 def _line(row: dict[str, Any]) -> str:
     what = f"{row['preset']:<7} {row['method']:<8} k {row['window']:<3} M {row['num_skips']:<2} "
     what += f"{row['overlap']:<9} {row['exchange']:<15} B {row['batch']} "
-    what += f"{'no graphs ' if row['cuda_graphs'] is False else ''}n {row['tokens']:>9,} "
+    what += f"{'graphs ' if row['cuda_graphs'] is None else ''}n {row['tokens']:>9,} "
     what += f"P {row['world_size']}"
     if row["ms"] is None:
         return f"{what}  {row['note']}"

@@ -47,7 +47,7 @@ class Setup:
     chunk_tokens: int | None = None
     engine: str = "deepspeed"
     eager: bool = False
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool | None = False
     window: int = PAPER["window"]
     stride: int = PAPER["stride"]
     num_skips: int = PAPER["num_skips"]
@@ -83,7 +83,7 @@ def setups(presets: list[str], contexts: list[int], streamed: list[int]) -> Iter
                 yield Setup(preset, tokens, recompute)
         yield Setup(preset, compared, engine="torch")
         yield Setup(preset, compared, eager=True)
-        yield Setup(preset, min(contexts), cuda_graphs=False)
+        yield Setup(preset, min(contexts), cuda_graphs=None)
         yield Setup(preset, compared, **WIDE)
         for tokens in sorted(streamed):
             yield Setup(preset, tokens, chunk_tokens=min(CHUNK_TOKENS, tokens))
@@ -246,7 +246,7 @@ def _line(row: Row) -> str:
     chunks = "" if row["chunk_tokens"] is None else f" in chunks of {row['chunk_tokens']:,}"
     what = f"{row['preset']:<7} n {row['tokens']:>11,}{chunks} k {row['window']} M {row['num_skips']} "
     what += f"{row['engine']}{', eager' if row['eager'] else ''}"
-    what += f"{', no graphs' if row['cuda_graphs'] is False else ''}, "
+    what += f"{', graphs' if row['cuda_graphs'] is None else ''}, "
     what += f"recompute {str(row['activation_checkpointing']).lower()}"
     if row["ms"] is None:
         return f"{what}: {row['note']}"

@@ -152,6 +152,10 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, anchor: torch.Tensor, graphs: _Graphs, inputs: list[torch.Tensor]) -> torch.Tensor:
         for mine, given in zip(graphs.inputs, inputs, strict=True):
             mine.copy_(given)
+        for parameter in graphs.parameters:
+            # until the backward pass, the memory of gradients holds what the forward pass saves for it; who
+            # clears gradients in between, as DeepSpeed does, would clear that
+            parameter.grad = None
         ctx.graphs = graphs
         graphs.forward.replay()
         return graphs.loss.clone()

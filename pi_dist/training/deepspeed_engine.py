@@ -168,8 +168,8 @@ class Engine:
         if _low_precision_parameters(config):
             model.to(torch.bfloat16)
         self._graphed = GraphedModel(model) if replays_graphs(config, mesh.device.type) else None
-        # its bf16 optimizer prints memory statistics; and would keep an autograd graph of all parameters, whose
-        # nodes for their gradients could not be captured
+        # its bf16 optimizer prints memory statistics; and it would keep an autograd graph of all parameters,
+        # whose nodes for their gradients could not be captured
         with contextlib.redirect_stdout(io.StringIO()), torch.set_grad_enabled(self._graphed is None):
             self.engine, *_ = deepspeed.initialize(
                 model=model if self._graphed is None else self._graphed,
