@@ -146,7 +146,8 @@ def _forms_table(rows: list[dict], num_ranks: int) -> str:
 
 
 def _form(row: dict) -> tuple[str, str, int]:
-    return row["overlap"], row["exchange"], row["batch"]
+    graphs = "" if row.get("cuda_graphs", False) is False else ", graphs"
+    return row["overlap"] + graphs, row["exchange"], row["batch"]
 
 
 def _pattern_of(row: dict) -> str:
