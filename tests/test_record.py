@@ -89,7 +89,7 @@ def test_a_table_of_steps_has_weak_scaling_predictions_and_forms_of_the_exchange
         "| small | ring | 4,096 | 4,095 |  | ~70,000 (2.0) |  |  |",
         "| small | ulysses | 4,096 | 192 | not possible |  |  |  |",
         "",
-        "| π, k = 4, M = 1, overlap | exchange | sequences | 2,048 |",
+        "| small, π, k = 4, M = 1: overlap | exchange | sequences | 2,048 |",
         "|---|---|---|---|",
         "| interior | ring_all_to_all | 1 | 100.0 (2.0%) |",
         "| none | ring_all_to_all | 1 | 125.0 (20.0%) |",

@@ -7,6 +7,7 @@ constants, and so is memory; both fits minimize the squares of relative errors o
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
 
     def work_of_a_launch(job: tuple[Config, int, float]) -> float:
         done = work(job[0], job[1], profile)
-        return gpu_seconds(done, profile) / done.layers
+        return gpu_seconds(done, profile) / done.layers if done.layers else math.inf
 
     def error(found: Profile) -> float:
         times = ((compute_seconds(work(config, ranks, found), found), s) for config, ranks, s in jobs)
@@ -73,7 +74,8 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
 
     jobs = sorted(jobs, key=work_of_a_launch)
     found = []
-    for paced in range(len(jobs) - GPU_CONSTANTS + 1):
+    can_be_paced = sum(work_of_a_launch(job) < math.inf for job in jobs)
+    for paced in range(min(can_be_paced, len(jobs) - GPU_CONSTANTS) + 1):
         launched = [1e6 * s / work(config, ranks, profile).layers for config, ranks, s in jobs[:paced]]
         layer_us = statistics.fmean(launched) if launched else 0.0
         found.append(replace(_fit_gpu(profile, jobs[paced:]), layer_us=layer_us))

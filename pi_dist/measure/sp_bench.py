@@ -41,7 +41,7 @@ from pi_dist.measure.steps import (
     model_of,
     most,
 )
-from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms, kernels_of
+from pi_dist.measure.timeline import Kernel, busy_ms, counted_bytes, exposed_ms, kernels_of
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import start, world_size_from_launcher
@@ -148,6 +148,12 @@ def measure(
             f"{name}_ms": exposed if exposed is None else round(exposed, 3),
         }
     row["exposed_share"] = round(row["exposed_ms"] / row["ms"], 4) if cuda else None
+    if cuda:  # ranks wait for the slowest, whatever the exchange takes
+        computes = busy_ms([kernel for kernel in kernels if kernel.kind == "compute"])
+        row |= {
+            "compute_ms": round(most(computes, mesh), 3),
+            "least_compute_ms": round(-most(-computes, mesh), 3),
+        }
     return row, kernels
 
 

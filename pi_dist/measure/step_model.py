@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pi_dist.config import EXACT_METHODS, Config, Method, accumulation_steps, num_chunks
+from pi_dist.config import EXACT_METHODS, Config, Method, accumulation_steps, num_chunks, replays_graphs
 from pi_dist.measure.cost_model import BYTES, exchanged_bytes
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.model.flops import matmul_parameters
@@ -191,7 +191,7 @@ class Work:
     moved_bytes: float
     """Of blocks, for block_moves = 1."""
     layers: float
-    """Launched blocks."""
+    """Blocks whose kernels the host launches one by one: none of a graph's."""
     exact_forward_flops: float
     exact_backward_flops: float
     fixed_seconds: float
@@ -212,10 +212,11 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     steps = accumulation_steps(config, world_size)
     states = num_parameters(config) * (_STATE_BYTES / (world_size if p.zero_stage else 1) + 8)
     states += num_parameters(config) * _ADDED_BYTES * (steps * num_chunks(t) - 1)
+    launched = 0 if replays_graphs(config, "cuda") else steps * m.num_layers * num_chunks(t)
     return Work(
         matmul_flops=steps * flops,
         moved_bytes=steps * tokens * m.num_layers * m.hidden_size * element * (forwards + 2) / 4,
-        layers=steps * m.num_layers * num_chunks(t) * (forwards + 2) / 4,
+        layers=launched * (forwards + 2) / 4,
         exact_forward_flops=steps * forwards * exact_layers * exact_flops(config),
         exact_backward_flops=steps * 2.5 * exact_layers * exact_flops(config),
         fixed_seconds=steps * seconds + states / profile.copy_bytes_per_s,

@@ -113,19 +113,20 @@ def _sp_table(rows: list[dict]) -> str:
     ranks = sorted({row["world_size"] for row in plain})
     head = ["model", "method", "context", "reach", *(f"{p} GPU{'s' * (p > 1)}" for p in ranks)]
     lines = []
-    for what in dict.fromkeys((row["preset"], _pattern_of(row)) for row in plain):
-        mine = {(r["tokens"], r["world_size"]): r for r in plain if (r["preset"], _pattern_of(r)) == what}
+    for what in dict.fromkeys(map(_model_of, plain)):
+        mine = {(row["tokens"], row["world_size"]): row for row in plain if _model_of(row) == what}
         for tokens in sorted({tokens for tokens, _ in mine}):
             found = [mine.get((tokens, p)) for p in ranks]
             cells, last = [_step_cell(row) for row in found], found[-1]
             reach = next((row["reach"] for row in found if row and "reach" in row), None)
             part = mine.get((tokens // ranks[-1], 1))
             pair = [row for row in (part, last) if row and row["measured"] and row["ms"]]
-            weak = f"{pair[0]['ms'] / pair[1]['ms']:.1%}" if len(pair) == 2 and len(ranks) > 1 else ""
+            weak = f"{pair[0]['ms'] / pair[1]['ms']:.1%}" if len(pair) == 2 else ""
             exposed = "" if not last or last.get("exposed_share") is None else f"{last['exposed_share']:.1%}"
             where = [*what, f"{tokens:,}", "" if reach is None else f"{reach:,}"]
-            lines.append([*where, *cells, weak, exposed])
-    tables = [table([*head, "weak scaling", "exposed"], lines), _forms_table(rows, ranks[-1])]
+            lines.append([*where, *cells, *([weak] if len(ranks) > 1 else []), exposed])
+    head += ["weak scaling"] if len(ranks) > 1 else []
+    tables = [table([*head, "exposed"], lines), _forms_table(rows, ranks[-1])]
     return "\n\n".join(filter(None, tables))
 
 
@@ -135,19 +136,25 @@ def _forms_table(rows: list[dict], num_ranks: int) -> str:
     others = [row for row in timed if _form(row) != ("interior", "ring_all_to_all", 1)]
     if not others:
         return ""
-    what, contexts = _pattern_of(others[0]), sorted({row["tokens"] for row in others})
-    at = {(_form(row), row["tokens"]): row for row in timed if _pattern_of(row) == what}
+    what, contexts = _model_of(others[0]), sorted({row["tokens"] for row in others})
+    at = {(_form(row), row["tokens"]): row for row in timed if _model_of(row) == what}
     lines = []
     for overlap, exchange, batch in sorted({form for form, _ in at}, key=lambda form: (form[2], form)):
         found = [at.get(((overlap, exchange, batch), n)) for n in contexts]
         cells = [f"{row['ms']:,.1f} ({row['exposed_share'] or 0:.1%})" if row else "" for row in found]
         lines.append([overlap, exchange, str(batch), *cells])
-    return table([f"{what}, overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)], lines)
+    return table(
+        [f"{', '.join(what)}: overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)], lines
+    )
 
 
 def _form(row: dict) -> tuple[str, str, int]:
     graphs = "" if row.get("cuda_graphs", False) is False else ", graphs"
     return row["overlap"] + graphs, row["exchange"], row["batch"]
+
+
+def _model_of(row: dict) -> tuple[str, str]:
+    return row["preset"], _pattern_of(row)
 
 
 def _pattern_of(row: dict) -> str:
