@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -441,6 +442,19 @@ def test_labels_of_queries_and_keys_of_different_lengths():
         assert_close(found, reference)
 
 
+@contextlib.contextmanager
+def planned():
+    """The launch plans of calls in here."""
+    plans, plan_of = [], triton_backend.plan_of
+
+    def noting(*arguments):
+        plans.append(plan_of(*arguments))
+        return plans[-1]
+
+    with patch.object(triton_backend, "plan_of", noting):
+        yield plans
+
+
 @pytest.fixture
 def far_is_near(monkeypatch):
     """Skips count as far beyond 8 tokens instead of 32, so that short sequences have all bands."""
@@ -496,6 +510,24 @@ def on_ranks(inputs, dout, pattern, labels, num_ranks, options):
                     whole[:, slice(*block.run), head] += gradient[:, :, index]
     out, dq, dgate = (torch.cat(of_ranks, dim=1) for of_ranks in zip(*parts, strict=True))
     return [out, dq, dk, dv, dgate]
+
+
+def test_queries_near_the_edge_of_a_shard_alone_are_summed_in_fp32():
+    """Four launches work on those, two on the others; errors as of plain PyTorch over the whole sequence."""
+    inputs, dout = draw_inputs(31, 2, 240, None, 2, 1, dtype=torch.float16)
+    pattern, edge = PiPattern(3, 20, num_skips=2), slice(120, 160)
+    options = {"logit_cap": 20.0, "dropout_p": 0.0, "seed": 0, "row_start": 0}
+    exact = results(pi_attention_oracle, inputs, dout, pattern, torch.float64)
+    plain = results(pi_attention_oracle, inputs, dout, pattern)
+    with planned() as plans:
+        found = on_ranks(inputs, dout, pattern, None, 2, options)
+    assert [plan.edge for plan in plans] == [None, None, slice(0, 40), slice(0, 40)]
+    assert all(plan.sum_dtype == torch.float16 for plan in plans)
+    for rows in (edge, slice(None)):
+        for expected, eager, ours in zip(exact, plain, found, strict=True):
+            errors = ((x.double() - expected)[:, rows].norm() for x in (eager, ours))
+            eager_error, our_error = (error / expected[:, rows].norm() for error in errors)
+            assert our_error <= 1.5 * eager_error + torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize(

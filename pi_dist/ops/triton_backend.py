@@ -89,6 +89,36 @@ class _Tensors:
         return [rows if rows is self._absent else _rows(rows.ptr[:, view]) for rows in found]
 
 
+class _Sum:
+    """The output or dq: what launches add to.
+
+    Attributes:
+        whole: [B, T, H, D], in the dtype of the plan.
+    """
+
+    def __init__(self, plan: LaunchPlan, q: torch.Tensor) -> None:
+        self.whole = torch.empty(q.shape, dtype=plan.sum_dtype, device=q.device)
+        self._edge, self._dtype, self._rows = plan.edge, q.dtype, None
+
+    def of(self, launch: Launch) -> Rows:
+        """The rows of a launch's queries; those of the plan's edge go on in fp32."""
+        view = launch.part.view
+        if view is None:
+            return _rows(self.whole)
+        if self._edge is None:
+            return _rows(self.whole[:, view])
+        if self._rows is None:
+            self._rows = self.whole[:, self._edge].float()
+        first = self._edge.start
+        return _rows(self._rows[:, view.start - first : view.stop - first])
+
+    def total(self) -> torch.Tensor:
+        """The sum of all launches in q's dtype."""
+        if self._rows is not None:
+            self.whole[:, self._edge] = self._rows.to(self.whole.dtype)
+        return self.whole.to(self._dtype)
+
+
 def _plan_for(
     spec: AttentionSpec, q: torch.Tensor, gate: torch.Tensor | None, labels: torch.Tensor | None, stride: int
 ) -> LaunchPlan:
@@ -112,19 +142,19 @@ def pi_attention_fwd(
     stride = max(tensors.token_stride(), *(rows.token for rows in pairs[0]))
     plan = _plan_for(spec, q, gate, q_labels, stride)
     batch, q_len, num_heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=plan.sum_dtype, device=q.device)
+    out = _Sum(plan, q)
     lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device).transpose(1, 2)
-    tensors.add(out=out, lse=lse)
+    tensors.add(lse=lse)
     for launch in plan.forward:
         index = launch.part.index
         if index and len(pairs) == 1:
             pairs += [(_rows(k), _rows(v)) for k, v in zip(*arrive(), strict=True)]
-        mine, of_gate, my_labels, *results = tensors.of(launch, "q", "gate", "q_labels", "out", "lse")
+        mine, of_gate, my_labels, of_lse = tensors.of(launch, "q", "gate", "q_labels", "lse")
         run(
             _pi_attention_fwd_kernel, launch.programs * batch, mine, *pairs[index], of_gate, my_labels,
-            tensors.rows(k_labels[index]), *results, *launch.arguments, **launch.keywords,
+            tensors.rows(k_labels[index]), out.of(launch), of_lse, *launch.arguments, **launch.keywords,
         )  # fmt: skip
-    return out.to(q.dtype), lse
+    return out.total(), lse
 
 
 @_on_its_device
@@ -146,8 +176,8 @@ def pi_attention_bwd(
     send_back(call.dkeys[1:], call.dvalues[1:])
     for launch in rest:
         call.run(launch)
-    dq, dk, dv = (x.to(q.dtype) for x in (call.dq, call.dkeys[0], call.dvalues[0]))
-    return dq, dk, dv, call.gradient_of_gate()
+    dk, dv = (x[0].to(q.dtype) for x in (call.dkeys, call.dvalues))
+    return call.dq.total(), dk, dv, call.gradient_of_gate()
 
 
 class _BackwardCall:
@@ -171,16 +201,14 @@ class _BackwardCall:
             ]
             for tensors in (keys, values)
         )
-        self.dq = torch.empty(q.shape, dtype=self.plan.sum_dtype, device=q.device)
+        self.dq = _Sum(self.plan, q)
         # laid out as the gate; where several launches make it, in three summands
         self.apart = gate is not None and self.plan.several_parts
         self.dgate = None if gate is None else torch.empty_like(gate)
         self.weight, self.residual = (
             torch.empty_like(self.dgate) if self.apart else self.dgate for _ in range(2)
         )
-        self.tensors.add(
-            out=out, lse=lse, dq=self.dq, dgate=self.dgate, weight=self.weight, residual=self.residual
-        )
+        self.tensors.add(out=out, lse=lse, dgate=self.dgate, weight=self.weight, residual=self.residual)
         self._has_once = False
 
     def once(self) -> None:
@@ -188,9 +216,11 @@ class _BackwardCall:
         if self._has_once:
             return
         self._has_once = True
-        batch, q_len, num_heads, _ = self.dq.shape
+        batch, q_len, num_heads, _ = self.dq.whole.shape
         shape = (1 if self.dgate is None else 3, batch, num_heads, q_len)
-        of_queries = torch.empty(shape, dtype=torch.float32, device=self.dq.device).transpose(2, 3).unbind()
+        of_queries = (
+            torch.empty(shape, dtype=torch.float32, device=self.dq.whole.device).transpose(2, 3).unbind()
+        )
         names = ("delta", "log_ring", "log_skip")
         self.tensors.add(**dict.fromkeys(names) | dict(zip(names, of_queries, strict=False)))
         launch = self.plan.once
@@ -207,8 +237,8 @@ class _BackwardCall:
             case "fused":
                 kernel = _fused_kernel
                 mine, *others = seen(launch, "q", "gate", "q_labels")
-                of_queries = seen(launch, "out", "lse", "dout", "dq")
-                own = [_rows(self.dkeys[0]), _rows(self.dvalues[0])]
+                of_queries = seen(launch, "out", "lse", "dout")
+                own = [self.dq.of(launch), _rows(self.dkeys[0]), _rows(self.dvalues[0])]
                 tensors = [mine, *pair, *others, k_labels, *of_queries, *own]
                 tensors += seen(launch, "dgate", "weight", "residual")
             case "keys":
@@ -222,20 +252,9 @@ class _BackwardCall:
             case "queries":
                 kernel = _queries_kernel
                 self.once()
-                mine, labels, *others = seen(
-                    launch,
-                    "q",
-                    "q_labels",
-                    "delta",
-                    "lse",
-                    "dout",
-                    "gate",
-                    "dq",
-                    "dgate",
-                    "weight",
-                    "residual",
-                )
-                tensors = [mine, *pair, labels, k_labels, *others]
+                mine, labels, *others = seen(launch, "q", "q_labels", "delta", "lse", "dout", "gate")
+                sums = seen(launch, "dgate", "weight", "residual")
+                tensors = [mine, *pair, labels, k_labels, *others, self.dq.of(launch), *sums]
         self._run(kernel, launch.programs * self.batch, *tensors, *launch.arguments, **launch.keywords)
 
     def gradient_of_gate(self) -> torch.Tensor | None:

@@ -68,6 +68,8 @@ class LaunchPlan:
     Attributes:
         several_parts: whether the output, dq and the gradient of a gate are made by several launches.
         sum_dtype: of the output and dq.
+        edge: queries, by their place, that look at received rows too. Their launches come last, and go on in
+            fp32 with what the others have made. None: no fp32 is needed, or all is.
     """
 
     def __init__(
@@ -95,7 +97,12 @@ class LaunchPlan:
         )
         self._parts = parts_of(spec, self._num_heads, self._q_len)
         self.several_parts = len(self._parts) > 1
-        self.sum_dtype = self._dtype_of_sum(len(self._parts))
+        self.sum_dtype, self.edge = self._dtype_of_sum(len(self._parts)), None
+        edge = _edge(self._parts)
+        if self.sum_dtype != dtype and edge is not None and 2 * (edge.stop - edge.start) <= self._q_len:
+            whole = sum(part.view is None for part in self._parts)
+            self.sum_dtype = self._dtype_of_sum(whole)
+            self.edge = edge if self.sum_dtype == dtype else None
 
     def _dtype_of_sum(self, launches: int) -> torch.dtype:
         """What so many launches add to: 16 bits would be rounded as often."""
@@ -138,12 +145,15 @@ class LaunchPlan:
 
     @cached_property
     def once(self) -> Launch:
-        """The launch that computes what the wide kernels need of queries."""
+        """The launch that computes what the wide kernels need of the queries that they look at."""
+        views = [part.view for part in self._parts if part.index or self._fused(part) is None]
+        view = None if None in views else _union(views)
+        length = self._q_len if view is None else view.stop - view.start
         sizes = Blocks(max(16, 4096 // self._padded_dim), 16, 4, 1)
         # the band does not matter: compiled once for all
-        part = replace(self._parts[0], band=Band(RING, 0, 0))
-        num_tiles = -(-self._q_len // sizes.block_m)
-        scalars = (Sizes(self._q_len, self._q_len, self._num_heads, num_tiles, 0), self._scores(part))
+        part = replace(self._parts[0], band=Band(RING, 0, 0), view=view)
+        num_tiles = -(-length // sizes.block_m)
+        scalars = (Sizes(length, length, self._num_heads, num_tiles, 0), self._scores(part))
         options = self._options(part, sizes, merge=False, shares=1)
         keywords = {"OPTIONS": options, "num_warps": sizes.num_warps}
         return Launch("once", part, num_tiles * self._num_heads, scalars, keywords)
@@ -293,6 +303,18 @@ class LaunchPlan:
             block_n=sizes.block_n,
             epsilon=GATE_EPSILON,
         )
+
+
+def _edge(parts: tuple[Part, ...]) -> slice | None:
+    """The queries of the parts that do not cover all, if these come after all others."""
+    views = [part.view for part in parts if part.view is not None]
+    if not views or any(part.view is None for part in parts[-len(views) :]):
+        return None
+    return _union(views)
+
+
+def _union(views: list[slice]) -> slice:
+    return slice(min(view.start for view in views), max(view.stop for view in views))
 
 
 @lru_cache(maxsize=1024)
