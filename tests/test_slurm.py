@@ -508,3 +508,28 @@ def test_doctor_names_the_nodes_that_do_not_see_each_other(cluster, tmp_path):
     missing = {f["name"]: f["detail"] for f in found["findings"] if f["state"] == "missing" and f["required"]}
     assert not found["ok"] and missing.keys() == {"rank 1", "rank 2"}
     assert "rank 1 on node2" in missing["rank 1"] and "rank 2 on node3" in missing["rank 2"]
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs .venv, as made by install.sh"
+)
+def test_a_sweep_of_savings_is_an_array_whose_records_join(cluster, tmp_path):
+    """Submitted again, it finds its rows made."""
+    output, rows = tmp_path / "a sweep", []
+    log, flags = f"--output={tmp_path}/%a.log", ("--preset=small", "--predict")
+    for _ in range(2):
+        asked = ("--parsable", "--array=3,8", log, "slurm/savings.sbatch", output, *flags)
+        number = cluster.on("ctl", "sbatch", *asked, cwd=ROOT).strip()
+        for task in (3, 8):
+            assert cluster.ended(f"{number}_{task}", 120) == "COMPLETED", (
+                tmp_path / f"{task}.log"
+            ).read_text()
+        rows.append(
+            [json.loads((output / f"{context}.json").read_text())["rows"] for context in (32768, 1048576)]
+        )
+    assert rows[0] == rows[1] and all(rows[0])
+    joined, report = tmp_path / "all.json", tmp_path / "savings.md"
+    command = (sys.executable, "-m", "pi_dist", "savings", "--from", *output.glob("*.json"))
+    subprocess.run([*command, f"--json={joined}", f"--report={report}"], check=True, cwd=ROOT)
+    assert {row["context"] for row in json.loads(joined.read_text())["rows"]} == {32768, 1048576}
+    assert "1,048,576 tokens" in report.read_text()
