@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from distributed import Ranks
+from distributed import Ranks, free_port
 from safetensors.torch import load_file
 from test_cli import ENVIRONMENT, ROOT, SMALL
 from test_trainer import config_for
@@ -110,6 +110,47 @@ def test_a_stopped_rank_that_hosts_the_store_ends_the_job_too(corpus, tmp_path):
     assert "which rank 0 may host: no answer" in err, err
     assert "trainer.py" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
     assert not is_alive(stopped)
+
+
+STORE = """
+import sys, time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+while True:
+    print(store.num_keys(), flush=True)
+    time.sleep(0.05)
+"""
+IMPATIENT = "from pi_dist.training import trainer; trainer.COLLECTIVES_LATER_S = 1.0\n"
+IMPATIENT += "import sys; from pi_dist.cli import main; main(sys.argv[1:])"
+
+
+def test_a_store_that_stops_while_ranks_find_each_other_ends_them(corpus, tmp_path):
+    """PyTorch's own time-out would never come: it waits for the store to take the question back."""
+    port = free_port()
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    flags = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path}/run"]
+    flags += ["--parallel.sp_degree=2", "--parallel.timeout_s=2"]
+    store = subprocess.Popen([sys.executable, "-c", STORE, str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        at_first = int(store.stdout.readline())
+        rank = subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, "train", *SMALL, *flags],
+            env=ENVIRONMENT | launched,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while int(store.stdout.readline()) == at_first:  # until the rank has said where it is
+            assert rank.poll() is None, rank.stderr.read()
+        store.send_signal(signal.SIGSTOP)
+        said = rank.communicate(timeout=60)[1]
+    finally:
+        store.kill()
+        store.wait()
+        rank.kill()
+    assert rank.returncode == HUNG, said
+    assert "error: rank 1: the ranks have not found each other in 6 s" in said
+    assert "init_process_group" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
 
 
 def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_path):

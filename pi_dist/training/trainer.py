@@ -8,6 +8,7 @@ import math
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob
 from importlib.metadata import version
@@ -33,7 +34,7 @@ from pi_dist.training.kept_memory import KeptPlan, memory_of_ranks, plan_kept_ro
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
 from pi_dist.training.streaming import ON_DEVICE, streamed_losses
-from pi_dist.training.watchdog import COLLECTIVES_LATER_S, LAUNCHER_LOST, Watchdog
+from pi_dist.training.watchdog import COLLECTIVES_LATER_S, LAUNCHER_LOST, Watchdog, found_in_time
 
 
 class TrainingError(UserError):
@@ -127,14 +128,18 @@ def train(config: Config, launcher: int | None = None) -> tuple[Config, Outcome]
     check(config, world_size_from_launcher())
     index, heldout_index = open_splits(config.data)
     config = resolve(config, index.vocab_size)
-    device = start(config.parallel.device, config.parallel.timeout_s + COLLECTIVES_LATER_S)
-    check(config, dist.get_world_size())
-    data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
-    source = {"source of pi_dist": _source()}
-    _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions() | source)
-    mesh = make_mesh(config.parallel.sp_degree, device)
-    say = Metrics.say if mesh.rank == 0 else None
-    with Watchdog(Path(config.run_dir) / "stacks", config.parallel.timeout_s, say, launcher) as watch:
+    stacks, timeout_s = Path(config.run_dir) / "stacks", config.parallel.timeout_s + COLLECTIVES_LATER_S
+    with ExitStack() as stack:
+        with found_in_time(2 * timeout_s, stacks):
+            device = start(config.parallel.device, timeout_s)
+            check(config, dist.get_world_size())
+            data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
+            source = {"source of pi_dist": _source()}
+            _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions() | source)
+            mesh = make_mesh(config.parallel.sp_degree, device)
+            say = Metrics.say if mesh.rank == 0 else None
+            watch = Watchdog(stacks, config.parallel.timeout_s, say, launcher)
+            stack.enter_context(watch)
         return config, _train(config, mesh, watch, index, heldout_index)
 
 

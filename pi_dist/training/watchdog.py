@@ -7,6 +7,8 @@ ranks whose beat stands still are stopped or cut off, and ranks in an earlier se
 Outside of sections (at the start, while evaluating or saving) any time may pass, but not without beats.
 Where rank 0 itself hosts the store and is the one that is stopped, the store does not answer, which says it.
 
+Before there is a process group, a rank only knows how long it has waited for the others (`found_in_time`).
+
 A rank whose launcher has ended, killed say, gets LAUNCHER_LOST from that thread: the run saves and fails, so
 that the launchers of other nodes start it again, if they may.
 """
@@ -22,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -226,25 +228,61 @@ class Watchdog:
         return gone, lines + [f"rank {r}: {_place(after[r])}" for r in moving]
 
     def _end(self, silent: list[list[Any]], lines: list[str]) -> None:
-        threading.Timer(10.0, os._exit, (HUNG,)).start()  # if a file system hangs too
-        try:
-            if lines:
-                text = "\n  ".join([f"error: no step for {self._timeout_s:g} s", *lines])
-                print(f"{text}\n  stacks of the ranks: {self._path.parent}", file=sys.stderr, flush=True)
-            for process in silent:  # a stopped process would outlive its launcher's patience
-                if _process(process[0]) == process:
+        for process in silent:  # a stopped process would outlive its launcher's patience
+            if _process(process[0]) == process:
+                with contextlib.suppress(OSError):
                     os.kill(process[0], signal.SIGKILL)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                place = f"in {self._section!r} of" if self._section else "after"
-                print(
-                    f"rank {self._rank}, pid {os.getpid()}, {place} step {self._step}:", file=file, flush=True
-                )
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            print(f"no stacks of rank {self._rank}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(HUNG)
+        text = "\n  ".join([f"error: no step for {self._timeout_s:g} s", *lines]) if lines else ""
+        place = f"in {self._section!r} of" if self._section else "after"
+        _die(
+            text and f"{text}\n  stacks of the ranks: {self._path.parent}",
+            self._path,
+            f"rank {self._rank}, pid {os.getpid()}, {place} step {self._step}:",
+        )
+
+
+@contextlib.contextmanager
+def found_in_time(timeout_s: float, directory: str | Path) -> Iterator[None]:
+    """In here ranks find each other; a rank for which it takes longer leaves its stack and ends.
+
+    torch.distributed has time-outs of its own, but none where the process that hosts the store is stopped.
+    """
+
+    def end() -> None:
+        rank = os.environ.get("RANK", "0")
+        _die(
+            f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or what "
+            f"hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer\n"
+            f"  stacks of the ranks: {directory}",
+            Path(directory) / f"rank_{rank}.txt",
+            f"rank {rank}, pid {os.getpid()}, before the process group:",
+        )
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(timeout_s + 60, exit=True)  # for a main thread that lets no other run
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _die(text: str, path: Path, title: str) -> None:
+    """Say a text, add stacks to a file, and end this process with status HUNG."""
+    threading.Timer(10.0, os._exit, (HUNG,)).start()  # if a file system hangs too
+    try:
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            print(title, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+    except OSError as error:
+        print(f"no stacks of process {os.getpid()}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(HUNG)
 
 
 def _process(pid: int) -> list[Any]:
