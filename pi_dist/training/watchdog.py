@@ -251,8 +251,8 @@ def found_in_time(timeout_s: float, directory: str | Path) -> Iterator[None]:
     def end() -> None:
         rank = os.environ.get("RANK", "0")
         _die(
-            f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or what "
-            f"hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer\n"
+            f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or "
+            f"what hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer\n"
             f"  stacks of the ranks: {directory}",
             Path(directory) / f"rank_{rank}.txt",
             f"rank {rank}, pid {os.getpid()}, before the process group:",
