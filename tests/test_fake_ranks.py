@@ -7,16 +7,9 @@ import torch
 
 from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig
 from pi_dist.measure import stand_ins
-from pi_dist.measure.fake_ranks import (
-    OUT_OF_MEMORY,
-    LiveBytes,
-    Request,
-    Worker,
-    few_chunks,
-    measured_apart,
-    typical_rank,
-)
+from pi_dist.measure.fake_ranks import LiveBytes, Request, few_chunks, typical_rank
 from pi_dist.measure.step_model import MIB, num_parameters, state_bytes
+from pi_dist.measure.workers import OUT_OF_MEMORY, Worker, measured_apart
 from pi_dist.ops.exact_attention import ExactBlock
 from pi_dist.parallel import ring_attention
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from pi_dist.cli import main
 from pi_dist.config import PRESETS, Config, ConfigError, ParallelConfig, TrainingConfig, UserError
 from pi_dist.measure import calibrate, kernel_bench, savings_points
-from pi_dist.measure.fake_ranks import OUT_OF_MEMORY
 from pi_dist.measure.plan import make_plan
 from pi_dist.measure.profile import (
     NETWORKS,
@@ -40,6 +39,7 @@ from pi_dist.measure.step_model import (
     step_time,
     work,
 )
+from pi_dist.measure.workers import OUT_OF_MEMORY
 from pi_dist.model.transformer import PiTransformer
 
 H100 = load_profile("H100")
@@ -309,7 +309,8 @@ def test_what_would_end_too_late_is_not_begun(gpu):
 @pytest.mark.slow
 def test_measuring_works_from_the_command_on(tmp_path, capsys):
     """A profile that calls a CPU its GPU: real processes, fake ranks."""
-    mine = dataclasses.replace(H100, name="mine", device="cpu", memory_mib=2560.0 + 4.5)
+    apart = {"fixed_mib": 0.0, "layer_us": 10.0}  # a GPU and its host need more than all of the tiny model
+    mine = dataclasses.replace(H100, name="mine", device="cpu", memory_mib=2560.0 + 4.5, **apart)
     write_profile(mine, str(tmp_path / "mine.json"))
     flags = [
         "--gpu",

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from pi_dist.config import Config, Method, UserError
-from pi_dist.measure.fake_ranks import OUT_OF_MEMORY, Request, Worker, typical_rank
+from pi_dist.measure.fake_ranks import Request, typical_rank
 from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
 from pi_dist.measure.record import device_name, kept_records, resume, write
 from pi_dist.measure.savings import Terms, config_of
 from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory, work
+from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
 
 GPU_CONSTANTS = 3  # of a step's time: of matrix products, of what moves tensors, of exact attention
 # method, streamed, tokens, ranks: each constant stands out in some of them

@@ -12,10 +12,11 @@ from unittest.mock import patch
 import torch
 
 from pi_dist.config import Config, Method, ModelConfig, ParallelConfig, TrainingConfig, UserError
-from pi_dist.measure.fake_ranks import Request, measured_apart
+from pi_dist.measure.fake_ranks import Request
 from pi_dist.measure.record import PEAK_BF16, device_name
 from pi_dist.measure.steps import PAPER, model_of
 from pi_dist.measure.tables import table
+from pi_dist.measure.workers import measured_apart
 from pi_dist.model import attention as attention_layers
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.flops import training_flops_per_token

@@ -11,16 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pi_dist.config import EXACT_METHODS, Config, num_chunks
-from pi_dist.measure.fake_ranks import (
-    OUT_OF_MEMORY,
-    Request,
-    Worker,
-    few_chunks,
-    measured_apart,
-    typical_rank,
-)
+from pi_dist.measure.fake_ranks import Request, few_chunks, typical_rank
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.step_model import communication_seconds, compute_seconds, memory, step_time, work
+from pi_dist.measure.workers import OUT_OF_MEMORY, Worker, measured_apart
 
 MEASURED, PREDICTED = "measured", "predicted"
 COMPOSED = "composed"  # time: of one rank, measured, and communication, predicted
