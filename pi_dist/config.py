@@ -501,7 +501,7 @@ def compiles(config: Config, device_type: str) -> bool:
     return device_type == "cuda" and config.parallel.zero_stage < 3 if wanted is None else wanted
 
 
-GRAPHED_TOKENS = 65536  # of a rank and micro-batch; beyond, the host is always faster than the GPU
+GRAPHED_TOKENS = 65536  # of a rank and micro-batch; beyond, the host is faster than the GPU
 
 
 def replays_graphs(config: Config, device_type: str) -> bool:

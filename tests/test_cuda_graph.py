@@ -55,7 +55,7 @@ def on_a_rank(sp, model, parallel, training, documents):
                     engine.step(step)
                     losses.append(loss.item())
             norms.append(engine.gradient_norm().item())
-        assert (engine._graphed is not None and engine._graphed._graphs is not None) == (cuda_graphs is None)
+        assert engine.replays == (cuda_graphs is None)
         weights = {name: state["weight"].to("cpu", copy=True) for name, state in engine.state()}
         results.append((losses, norms, weights))
         engine.close()

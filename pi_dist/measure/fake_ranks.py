@@ -252,6 +252,7 @@ def measure(request: Request) -> dict[str, Any]:
     what is held after it, reserved memory the most of both. ms is of a whole optimizer step, forward_ms of
     its losses without gradients: both without communication where ranks are fake. Of a sequence in many
     chunks, three chunks are the first step, and if no time is asked for, the second ends after its peak.
+    Where no time is asked for, no graphs are captured.
 
     Raises:
         UserError: there is no such GPU, or the step made no finite gradient.

@@ -23,7 +23,10 @@ from pi_dist.training.trainer import Outcome
 # dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}
 WARM_UP_STEPS = 5
-ATTENTION_KERNELS = ("pi_attention_*.py", "gradients.py", "tiles.py", "block_sizes.*")
+ATTENTION_KERNELS = (
+    *("kernels/pi_attention_*.py", "kernels/gradients.py", "kernels/tiles.py", "kernels/block_sizes.*"),
+    *("ops/triton_bands.py", "ops/triton_launches.py", "ops/triton_backend.py"),
+)
 
 
 def device_name() -> str:
@@ -121,7 +124,7 @@ def _command() -> str:
 def versions() -> dict[str, str]:
     """Versions of what a figure depends on; of the attention kernels, a hash of their files."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    folder = Path(__file__).parents[1] / "kernels"
+    folder = Path(__file__).parents[1]
     files = sorted(path for name in ATTENTION_KERNELS for path in folder.glob(name))
     found["kernels"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     for package in ("torch", "triton", "deepspeed", "pi-dist"):

@@ -136,6 +136,7 @@ def measure(
         "bytes_sent": round(total.item() / ranks / layers),
         "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
         "timed_steps": max(1, number),
+        "replays": engine.replays,
         "fits": True,
     }
     if cuda:
@@ -173,7 +174,8 @@ def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | Non
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return *(row[key] for key in (*Setup.__dataclass_fields__, "tokens")), row["world_size"]
+    fields = [row.get(name, field.default) for name, field in Setup.__dataclass_fields__.items()]
+    return *fields, row["tokens"], row["world_size"]
 
 
 def _rows_of(record: Record, setup: Setup, world_size: int) -> list[dict[str, Any]]:
@@ -297,7 +299,7 @@ def _capacity_mib(mesh: Mesh) -> float:
 def _line(row: dict[str, Any]) -> str:
     what = f"{row['preset']:<7} {row['method']:<8} k {row['window']:<3} M {row['num_skips']:<2} "
     what += f"{row['overlap']:<9} {row['exchange']:<15} B {row['batch']} "
-    what += f"{'graphs ' if row['cuda_graphs'] is None else ''}n {row['tokens']:>9,} "
+    what += f"{'graphs ' if row.get('replays') else ''}n {row['tokens']:>9,} "
     what += f"P {row['world_size']}"
     if row["ms"] is None:
         return f"{what}  {row['note']}"

@@ -110,8 +110,9 @@ class PlainEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    replays = False
+
     def as_it_is(self) -> AbstractContextManager[None]:
-        """Nothing is replayed anywhere."""
         return nullcontext()
 
     def close(self) -> None:
@@ -155,6 +156,7 @@ def measure(setup: Setup, mesh: Mesh) -> Row:
         first = steps.timed()
         seconds = median(steps.timed() for _ in range(TIMED_STEPS)) if first < 5 else first
         row = step_row(running.config, 1, seconds, running.num_parameters)
+        row["replays"] = running.engine.replays
         if setup.engine == "torch":
             row["zero_stage"] = None
         if cuda and setup.chunk_tokens is None:
@@ -177,7 +179,7 @@ def shares(gradients: Profile, update: Profile, config: Config, ms: float) -> Ro
 
 
 def _identity(row: Row) -> list[Any]:
-    return [row.get(key) for key in Setup.__dataclass_fields__]
+    return [row.get(name, field.default) for name, field in Setup.__dataclass_fields__.items()]
 
 
 def bench(
@@ -246,7 +248,7 @@ def _line(row: Row) -> str:
     chunks = "" if row["chunk_tokens"] is None else f" in chunks of {row['chunk_tokens']:,}"
     what = f"{row['preset']:<7} n {row['tokens']:>11,}{chunks} k {row['window']} M {row['num_skips']} "
     what += f"{row['engine']}{', eager' if row['eager'] else ''}"
-    what += f"{', graphs' if row['cuda_graphs'] is None else ''}, "
+    what += f"{', graphs' if row.get('replays') else ''}, "
     what += f"recompute {str(row['activation_checkpointing']).lower()}"
     if row["ms"] is None:
         return f"{what}: {row['note']}"

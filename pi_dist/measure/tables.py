@@ -149,7 +149,7 @@ def _forms_table(rows: list[dict], num_ranks: int) -> str:
 
 
 def _form(row: dict) -> tuple[str, str, int]:
-    graphs = "" if row.get("cuda_graphs", False) is False else ", graphs"
+    graphs = ", graphs" if row.get("replays") else ""
     return row["overlap"] + graphs, row["exchange"], row["batch"]
 
 

@@ -1,9 +1,9 @@
 """A micro-batch's forward and backward pass as two CUDA graphs.
 
 The host launches two graphs where it would launch a thousand kernels and collectives one by one, for which it
-needs longer than the GPU below some tens of thousands of tokens a GPU; more so if ranks exchange rows. What
-is computed is the same, bit for bit. Attention's exchange with other ranks is in the graphs, what ZeRO does
-with the gradients is not.
+needs longer than the GPU below some tens of thousands of tokens a GPU; more so if ranks exchange rows. The
+kernels are the same. Attention's exchange with other ranks is in the graphs; what ZeRO does with gradients is
+not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -25,8 +26,8 @@ class GraphedModel(nn.Module):
     """A model that captures its training passes, and replays them on batches that are alike.
 
     The first pass of its kind runs as it is, which compiles kernels and connects ranks; the second is
-    captured. One kind is kept: a batch of another shape begins anew. Where the graphs do not fit into memory,
-    which each rank finds for itself, passes run as they are.
+    captured, if every rank has the memory (`_has_room`). One kind is kept: a batch of another shape begins
+    anew. Every rank of the default group makes the same passes, each with its backward pass before the next.
     """
 
     def __init__(self, model: PiTransformer) -> None:
@@ -55,13 +56,16 @@ class GraphedModel(nn.Module):
             return _until_backward(self.model(tokens, labels, context))
         inputs = [tokens, labels] + ([context.labels] if has_documents else [])
         if self._graphs is None:
-            try:
-                self._graphs = _Graphs(self.model, inputs, context)
-            except torch.OutOfMemoryError:
+            if not _has_room(tokens.device):
                 self._replays = False
-                torch.cuda.empty_cache()
                 return self.model(tokens, labels, context)
+            self._graphs = _Graphs(self.model, inputs, context)
         return _Replay.apply(self._graphs.anchor, self._graphs, inputs)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the last kind of pass has been captured."""
+        return self._graphs is not None
 
     def forget(self) -> None:
         """Free the graphs, and the memory that only they use."""
@@ -75,6 +79,20 @@ class GraphedModel(nn.Module):
             yield
         finally:
             self._replays = before
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether every rank has twice the memory that passes have taken so far beside what is always there.
+
+    Graphs hold on to it, so that what else a run does, as evaluation, needs its own. Collective: whether a
+    collective is captured must not differ between ranks.
+    """
+    held, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+    room = free + torch.cuda.memory_reserved(device) - held
+    needed = 2 * (torch.cuda.max_memory_allocated(device) - held)
+    fits = torch.tensor(float(room >= needed), device=device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)
 
 
 class _Graphs:
@@ -91,35 +109,16 @@ class _Graphs:
         tokens, labels, *documents = self.inputs
         context = replace(context, labels=documents[0] if documents else None)
         self.parameters = list(model.parameters())
+        self.passes = 0
         for parameter in self.parameters:
             parameter.grad = None
-        with _capturing(self.forward):
+        # other threads, as that which watches NCCL, may go on calling CUDA
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
             loss = model(tokens, labels, context)
         self.loss, self.dloss = loss.detach(), torch.ones_like(loss)
-        with _capturing(self.backward, self.forward.pool()):
+        with torch.cuda.graph(self.backward, self.forward.pool(), capture_error_mode="thread_local"):
             loss.backward(self.dloss)
         self.gradients = [parameter.grad for parameter in self.parameters]
-
-
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """Capture into a graph. Other threads, as that which watches NCCL, may go on calling CUDA.
-
-    Raises:
-        OutOfMemoryError: and not what ending the broken capture then says.
-    """
-    failure = None
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                failure = error
-                raise
-    except RuntimeError:
-        if failure is not None:
-            raise failure from None
-        raise
 
 
 def _until_backward(loss: torch.Tensor) -> torch.Tensor:
@@ -156,14 +155,17 @@ class _Replay(torch.autograd.Function):
             # until the backward pass, the memory of gradients holds what the forward pass saves for it; who
             # clears gradients in between, as DeepSpeed does, would clear that
             parameter.grad = None
-        ctx.graphs = graphs
+        graphs.passes += 1
+        ctx.graphs, ctx.number = graphs, graphs.passes
         graphs.forward.replay()
         return graphs.loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        graphs = ctx.graphs
+        graphs, ctx.graphs = ctx.graphs, None
+        if graphs is None or graphs.passes != ctx.number:
+            raise RuntimeError("a replayed loss has one backward pass, before the next forward pass")
         graphs.dloss.copy_(dloss)
         graphs.backward.replay()
         for parameter, gradient in zip(graphs.parameters, graphs.gradients, strict=True):

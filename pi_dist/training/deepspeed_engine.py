@@ -183,6 +183,11 @@ class Engine:
             for name, method in methods.items():
                 setattr(owner, name, partial(method, owner))
         self._inner.register_step_pre_hook(self._guard)
+        if self._graphed is not None and type(self.engine.optimizer).__name__ != "BF16_Optimizer":
+            kind = type(self.engine.optimizer).__name__  # whose hooks would see no gradient
+            raise TypeError(
+                f"DeepSpeed's optimizer ({kind}) == 'BF16_Optimizer' does not hold; it takes replays"
+            )
 
     def close(self) -> None:
         """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""
@@ -192,6 +197,11 @@ class Engine:
         if self._graphed is not None:
             self._graphed.forget()
         self.engine.destroy()
+
+    @property
+    def replays(self) -> bool:
+        """Whether the last micro-batch was replayed, or the next one like it will be."""
+        return self._graphed is not None and self._graphed.has_graphs
 
     def as_it_is(self) -> contextlib.AbstractContextManager[None]:
         """In here, each kernel is launched by the host, whether or not the run replays graphs."""

@@ -95,6 +95,7 @@ def evaluate_checkpoint(
             micro_batch_size=1,
             chunk_tokens=chunk_tokens,
             kept_rows="auto",
+            cuda_graphs=False,
         ),
     )
     check(config, world_size_from_launcher())

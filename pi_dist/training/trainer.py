@@ -186,7 +186,9 @@ def _train(
             metrics.say(f"resuming at step {found.step} from {found.path}")
     run = _Run(config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, kept)
     try:
-        return run.loop(first, found)
+        outcome = run.loop(first, found)
+        engine.close()
+        return outcome
     finally:
         if metrics is not None:
             metrics.close()

@@ -249,7 +249,7 @@ def found_in_time(timeout_s: float, directory: str | Path) -> Iterator[None]:
     """
 
     def end() -> None:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
         _die(
             f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or "
             f"what hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer\n"
