@@ -23,9 +23,10 @@ from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training import deepspeed_engine
 from pi_dist.training.deepspeed_engine import Engine
-from pi_dist.training.streaming import streamed_losses
+from pi_dist.training.streaming import evaluated_loss, streamed_losses
 
-CONTEXT, STEPS = 512, 3
+CONTEXT = 512
+LENGTHS = (512, 512, 256, 256, 512)  # of each step: graphs of another length begin anew
 MODEL = {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "vocab_size": 512, "window": 8, "stride": 16}
 MODEL |= {"num_skips": 2}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,15 +47,18 @@ def on_a_rank(sp, model, parallel, training, documents):
         check(config, mesh.world_size)
         engine = Engine(PiTransformer.of_run(config, "cuda"), config, mesh)
         losses, norms = [], []
-        for step in range(STEPS):
+        for step, length in enumerate(LENGTHS):
             valid = torch.tensor(float(CONTEXT * t["batch_size"]), device="cuda")
             for micro_step in range(2):
-                batch = batch_of(config, mesh, 2 * step + micro_step, documents)
+                batch = batch_of(config, mesh, 2 * step + micro_step, documents, length)
                 for loss in streamed_losses(engine, mesh, batch, config.parallel, 0, None):
                     engine.backward(loss, valid)
                     engine.step(step)
                     losses.append(loss.item())
             norms.append(engine.gradient_norm().item())
+            engine.eval()  # what is between replays must not spoil them
+            losses.append(evaluated_loss(engine, mesh, batch, config.parallel, None).item())
+            engine.train()
         assert engine.replays == (cuda_graphs is None)
         weights = {name: state["weight"].to("cpu", copy=True) for name, state in engine.state()}
         results.append((losses, norms, weights))
@@ -62,15 +66,15 @@ def on_a_rank(sp, model, parallel, training, documents):
     return results
 
 
-def batch_of(config, mesh, number, documents):
+def batch_of(config, mesh, number, documents, length):
     """This rank's part of other tokens for every number; of documents that begin elsewhere each time."""
     generator = torch.Generator().manual_seed(number)
-    shape = (config.training.micro_batch_size, CONTEXT)
+    shape = (config.training.micro_batch_size, length)
     tokens, labels = (torch.randint(0, 512, shape, generator=generator) for _ in range(2))
-    ids = (torch.arange(CONTEXT) > 50 + 60 * number).int().expand(shape) if documents else None
-    starts = shard_starts(CONTEXT, mesh.sp_degree, mesh.sp_rank, config.balanced, None)
-    length = CONTEXT // mesh.sp_degree // len(starts)
-    columns = [start + t for start in starts for t in range(length)]
+    ids = (torch.arange(length) > 20 + 30 * number).int().expand(shape) if documents else None
+    starts = shard_starts(length, mesh.sp_degree, mesh.sp_rank, config.balanced, None)
+    run = length // mesh.sp_degree // len(starts)
+    columns = [start + t for start in starts for t in range(run)]
     mine = (None if x is None else x[:, columns] for x in (tokens, labels, ids))
     return Batch(*mine, starts=starts, row_start=0)
 

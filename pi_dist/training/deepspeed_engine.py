@@ -91,14 +91,24 @@ def _step_of_bf16(outer: Any) -> None:
 
 
 @torch.no_grad()
-def _add_gradient(outer: Any, parameter: nn.Parameter, group: int, index: int, *_: Any) -> None:
-    """`BF16_Optimizer._update_hp_grad` in one pass: the first gradient of a step replaces what is there."""
-    if parameter.grad is not None:
-        total = outer.fp32_groups_gradients[group][index]
-        is_first = not outer.fp32_groups_has_gradients[group][index]
-        (total.copy_ if is_first else total.add_)(parameter.grad.view_as(total))
-        parameter._hp_grad = total  # where DeepSpeed finds it
-        outer.fp32_groups_has_gradients[group][index] = True
+def _add_gradients(outer: Any, **_: Any) -> None:
+    """`BF16_Optimizer.update_hp_grads`: a step's first gradients replace what is there, in one launch."""
+    of_parameters, totals = [], []
+    for parameters, sums, has in zip(
+        outer.bf16_groups, outer.fp32_groups_gradients, outer.fp32_groups_has_gradients, strict=True
+    ):
+        for index, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
+            if parameter.grad is None:
+                continue
+            if has[index]:
+                total.add_(parameter.grad.view_as(total))
+            else:
+                of_parameters.append(parameter.grad.flatten())
+                totals.append(total.flatten())
+            parameter._hp_grad = total  # where DeepSpeed finds it
+            has[index] = True
+    if totals:
+        torch._foreach_copy_(totals, of_parameters)
 
 
 def _forget_gradients(outer: Any) -> None:
@@ -134,7 +144,7 @@ _REPLACED: dict[str, tuple[dict[str, Callable], dict[str, Callable]]] = {
     "BF16_Optimizer": (
         {
             "step": _step_of_bf16,
-            "_update_hp_grad": _add_gradient,
+            "update_hp_grads": _add_gradients,
             "clear_hp_grads": _forget_gradients,
         },
         {"buffered_allreduce_fallback": _sum_over_ranks},
