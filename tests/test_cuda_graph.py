@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from distributed import Ranks
+from test_training_parity import columns_here
 
 from pi_dist.config import (
     Config,
@@ -19,7 +20,6 @@ from pi_dist.config import (
 from pi_dist.data.loader import Batch
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.transformer import PiTransformer
-from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training import deepspeed_engine
 from pi_dist.training.deepspeed_engine import Engine
@@ -72,9 +72,7 @@ def batch_of(config, mesh, number, documents, length):
     shape = (config.training.micro_batch_size, length)
     tokens, labels = (torch.randint(0, 512, shape, generator=generator) for _ in range(2))
     ids = (torch.arange(length) > 20 + 30 * number).int().expand(shape) if documents else None
-    starts = shard_starts(length, mesh.sp_degree, mesh.sp_rank, config.balanced, None)
-    run = length // mesh.sp_degree // len(starts)
-    columns = [start + t for start in starts for t in range(run)]
+    starts, columns = columns_here(length, mesh, config.balanced, None)
     mine = (None if x is None else x[:, columns] for x in (tokens, labels, ids))
     return Batch(*mine, starts=starts, row_start=0)
 

@@ -66,6 +66,13 @@ def one_process(model=MODEL):
     return loss.item(), heldout.item(), gradients
 
 
+def columns_here(context, mesh, balanced, chunk_tokens):
+    """(where this rank's runs of tokens begin, the columns of a whole batch that it holds)."""
+    starts = shard_starts(context, mesh.sp_degree, mesh.sp_rank, balanced, chunk_tokens)
+    length = context // mesh.sp_degree // len(starts)
+    return starts, [start + t for start in starts for t in range(length)]
+
+
 class HeldOut:
     """The global batch dealt over replicas as the loader deals it."""
 
@@ -74,11 +81,7 @@ class HeldOut:
         self.balanced = balanced
 
     def evaluate(self):
-        starts = shard_starts(
-            CONTEXT, self.mesh.sp_degree, self.mesh.sp_rank, self.balanced, self.chunk_tokens
-        )
-        length = CONTEXT // self.mesh.sp_degree // len(starts)
-        columns = [start + t for start in starts for t in range(length)]
+        starts, columns = columns_here(CONTEXT, self.mesh, self.balanced, self.chunk_tokens)
         for first in range(self.mesh.dp_rank * self.size, ROWS, self.size * self.mesh.dp_degree):
             parts = (x[first : first + self.size, columns] for x in global_batch())
             yield Batch(*parts, starts=starts, row_start=first)

@@ -38,6 +38,7 @@ from pi_dist.measure.steps import (
     agreed,
     check_presets,
     collect_garbage,
+    identity,
     model_of,
     most,
 )
@@ -122,10 +123,10 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with counted_bytes() as sent:
-        first = steps.timed()
-    if first < TIMED_S:
         steps.timed()
     first = steps.timed()
+    if engine.replays:  # captured in that step
+        first = steps.timed()
     number = min(TIMED_STEPS, int(TIMED_S / first))
     seconds = median([steps.timed() for _ in range(number)] or [first])
     layers, ranks = config.model.num_layers, mesh.sp_degree
@@ -173,15 +174,11 @@ def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | Non
     return found
 
 
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    fields = [row.get(name, field.default) for name, field in Setup.__dataclass_fields__.items()]
-    return *fields, row["tokens"], row["world_size"]
-
-
 def _rows_of(record: Record, setup: Setup, world_size: int) -> list[dict[str, Any]]:
     """The rows of a setup on so many ranks, by context."""
-    wanted = _identity(vars(setup) | {"tokens": 0, "world_size": world_size})[:-2]
-    mine = (row for row in record.rows if _identity(row)[:-2] == wanted and row["world_size"] == world_size)
+    wanted = identity(Setup, vars(setup))
+    alike = (row for row in record.rows if identity(Setup, row) == wanted)
+    mine = (row for row in alike if row["world_size"] == world_size)
     return sorted(mine, key=lambda row: row["tokens"])
 
 

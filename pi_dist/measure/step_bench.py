@@ -18,7 +18,17 @@ import torch
 
 from pi_dist.config import Config, ParallelConfig, TrainingConfig, UserError, check
 from pi_dist.measure.record import step_row
-from pi_dist.measure.steps import PAPER, WIDE, Record, Row, Steps, check_presets, collect_garbage, model_of
+from pi_dist.measure.steps import (
+    PAPER,
+    WIDE,
+    Record,
+    Row,
+    Steps,
+    check_presets,
+    collect_garbage,
+    identity,
+    model_of,
+)
 from pi_dist.measure.timeline import PARTS, Profile, busy_ms, parts_ms, profiled
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import Mesh, make_mesh
@@ -178,10 +188,6 @@ def shares(gradients: Profile, update: Profile, config: Config, ms: float) -> Ro
     return {f"{part}_ms": round(found[part], 3) for part in PARTS} | {"idle_ms": round(idle, 3)}
 
 
-def _identity(row: Row) -> list[Any]:
-    return [row.get(name, field.default) for name, field in Setup.__dataclass_fields__.items()]
-
-
 def bench(
     path: str,
     presets: list[str],
@@ -203,11 +209,11 @@ def bench(
     mesh = make_mesh(1, start(device, 600.0))
     settings = {"zero_stage": 1, "data": "random tokens", "least_tokens_a_step": TOKENS}
     record = Record(path, mesh, settings, _line)
-    done = [_identity(row) for row in record.rows]
-    left = [s for s in setups(presets, contexts, streamed) if _identity(vars(s)) not in done]
+    done = [identity(Setup, row) for row in record.rows]
+    left = [s for s in setups(presets, contexts, streamed) if identity(Setup, vars(s)) not in done]
     measured = False
     while left:
-        setup, what = left[0], _identity(vars(left[0]))
+        setup, what = left[0], identity(Setup, vars(left[0]))
         series = _series(setup, record)
         speeds = [row["tokens_per_s"] for row in series if row["ms"] is not None]
         expected = setup.tokens / speeds[-1] if speeds else 0.0  # seconds
@@ -239,8 +245,8 @@ def bench(
 
 def _series(setup: Setup, record: Record) -> list[Row]:
     """The rows of a setup at shorter contexts."""
-    series = _identity(vars(setup) | {"tokens": None})
-    rows = (row for row in record.rows if _identity(row | {"tokens": None}) == series)
+    series = identity(Setup, vars(setup) | {"tokens": None})
+    rows = (row for row in record.rows if identity(Setup, row | {"tokens": None}) == series)
     return sorted((row for row in rows if row["tokens"] < setup.tokens), key=lambda row: row["tokens"])
 
 

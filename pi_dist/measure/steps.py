@@ -119,6 +119,11 @@ def agreed(here: bool) -> bool:
     return answer[0]
 
 
+def identity(setup: type, row: Row) -> list[Any]:
+    """What a row says of the fields of a dataclass of setups, or their default, if it is older than they."""
+    return [row.get(name, field.default) for name, field in setup.__dataclass_fields__.items()]
+
+
 class Record:
     """The record on rank 0; every rank knows its rows.
 

@@ -115,7 +115,7 @@ class _Sum:
     def total(self) -> torch.Tensor:
         """The sum of all launches in q's dtype."""
         if self._rows is not None:
-            self.whole[:, self._edge] = self._rows.to(self.whole.dtype)
+            self.whole[:, self._edge] = self._rows
         return self.whole.to(self._dtype)
 
 
@@ -216,11 +216,10 @@ class _BackwardCall:
         if self._has_once:
             return
         self._has_once = True
-        batch, q_len, num_heads, _ = self.dq.whole.shape
+        dq = self.dq.whole
+        batch, q_len, num_heads, _ = dq.shape
         shape = (1 if self.dgate is None else 3, batch, num_heads, q_len)
-        of_queries = (
-            torch.empty(shape, dtype=torch.float32, device=self.dq.whole.device).transpose(2, 3).unbind()
-        )
+        of_queries = torch.empty(shape, dtype=torch.float32, device=dq.device).transpose(2, 3).unbind()
         names = ("delta", "log_ring", "log_skip")
         self.tensors.add(**dict.fromkeys(names) | dict(zip(names, of_queries, strict=False)))
         launch = self.plan.once

@@ -40,13 +40,13 @@ class GraphedModel(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        context: SequenceContext | None = None,
+        labels: torch.Tensor,
+        context: SequenceContext,
         head: bool = True,
     ) -> torch.Tensor:
-        """As the model's. A loss that is replayed leaves gradients in place of those that parameters have."""
-        as_it_is = not (self._replays and self.training and torch.is_grad_enabled())
-        if as_it_is or labels is None or context is None or context.kept is not None or not head:
+        """As the model's. The gradients of a replayed loss take the place of those that parameters have."""
+        trains = self.training and torch.is_grad_enabled() and head and context.kept is None
+        if not (trains and self._replays):
             return self.model(tokens, labels, context, head)
         has_documents = context.labels is not None
         kind = (tokens.shape, has_documents, replace(context, labels=None, row_start=0, seed=0))

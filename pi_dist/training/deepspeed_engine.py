@@ -188,16 +188,16 @@ class Engine:
                 dist_init_required=False,
             )
         self._loss: torch.Tensor | None = None
-        self._replaced = _REPLACED.get(type(self.engine.optimizer).__name__, ({}, {}))
+        kind = type(self.engine.optimizer).__name__
+        if self._graphed is not None and kind != "BF16_Optimizer":  # whose hooks would see no gradient
+            raise TypeError(
+                f"DeepSpeed's optimizer ({kind}) == 'BF16_Optimizer' does not hold; it takes replays"
+            )
+        self._replaced = _REPLACED.get(kind, ({}, {}))
         for owner, methods in zip((self.engine.optimizer, self.engine), self._replaced, strict=True):
             for name, method in methods.items():
                 setattr(owner, name, partial(method, owner))
         self._inner.register_step_pre_hook(self._guard)
-        if self._graphed is not None and type(self.engine.optimizer).__name__ != "BF16_Optimizer":
-            kind = type(self.engine.optimizer).__name__  # whose hooks would see no gradient
-            raise TypeError(
-                f"DeepSpeed's optimizer ({kind}) == 'BF16_Optimizer' does not hold; it takes replays"
-            )
 
     def close(self) -> None:
         """Let go of the model and the optimizer states, which DeepSpeed's hooks would hold on to."""

@@ -232,13 +232,9 @@ class Watchdog:
             if _process(process[0]) == process:
                 with contextlib.suppress(OSError):
                     os.kill(process[0], signal.SIGKILL)
-        text = "\n  ".join([f"error: no step for {self._timeout_s:g} s", *lines]) if lines else ""
-        place = f"in {self._section!r} of" if self._section else "after"
-        _die(
-            text and f"{text}\n  stacks of the ranks: {self._path.parent}",
-            self._path,
-            f"rank {self._rank}, pid {os.getpid()}, {place} step {self._step}:",
-        )
+        place = f"in {self._section!r} of step {self._step}" if self._section else f"after step {self._step}"
+        said = [f"error: no step for {self._timeout_s:g} s", *lines] if lines else []
+        _die(said, self._path, f"rank {self._rank}, pid {os.getpid()}, {place}:")
 
 
 @contextlib.contextmanager
@@ -250,13 +246,10 @@ def found_in_time(timeout_s: float, directory: str | Path) -> Iterator[None]:
 
     def end() -> None:
         rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-        _die(
-            f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or "
-            f"what hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer\n"
-            f"  stacks of the ranks: {directory}",
-            Path(directory) / f"rank_{rank}.txt",
-            f"rank {rank}, pid {os.getpid()}, before the process group:",
-        )
+        said = f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or "
+        said += f"what hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer"
+        path = Path(directory) / f"rank_{rank}.txt"
+        _die([said], path, f"rank {rank}, pid {os.getpid()}, before the process group:")
 
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True
@@ -269,11 +262,12 @@ def found_in_time(timeout_s: float, directory: str | Path) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _die(text: str, path: Path, title: str) -> None:
-    """Say a text, add stacks to a file, and end this process with status HUNG."""
+def _die(lines: list[str], path: Path, title: str) -> None:
+    """Say these lines, if any, and where stacks are; add those here; end this process with status HUNG."""
     threading.Timer(10.0, os._exit, (HUNG,)).start()  # if a file system hangs too
     try:
-        if text:
+        if lines:
+            text = "\n  ".join([*lines, f"stacks of the ranks: {path.parent}"])
             print(text, file=sys.stderr, flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
