@@ -185,11 +185,11 @@ class TrainingConfig:
     """Compile what lies around attention in every block (torch.compile), so that norms, GELU and sums are
     fused; rotary positions and the gate have kernels of their own. null: where there is a GPU, but not in
     ZeRO 3, which gathers a module's parameters when Python calls it, as compiled code does not."""
-    cuda_graphs: bool | None = False
+    cuda_graphs: bool | None = None
     """Capture the forward and backward pass of a micro-batch once, and replay it: the host no longer launches
     each kernel, which takes it longer than the GPU below some tens of thousands of tokens a GPU. null: where
-    it can be done (on GPUs, bf16, ZeRO 1, no dropout, offload or chunks) up to 65536 tokens of a rank. Under
-    trial: not yet the default."""
+    it can be done (on GPUs, bf16, ZeRO 1, no dropout, offload or chunks) and every rank has the memory, up to
+    65536 tokens of a rank."""
     activation_offload: bool = False
     """Keep these inputs in pinned host memory until the backward pass comes to them."""
     mlp_tile_tokens: int | None = None

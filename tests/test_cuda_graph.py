@@ -22,6 +22,7 @@ from pi_dist.model.attention import SequenceContext
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training import deepspeed_engine
+from pi_dist.training.cuda_graph import GraphedModel
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.streaming import evaluated_loss, streamed_losses
 
@@ -37,6 +38,7 @@ def on_a_rank(sp, model, parallel, training, documents):
     mesh = make_mesh(sp, torch.device("cuda"))
     results = []
     for cuda_graphs in (False, None):
+        torch.compiler.reset()  # else the second engine finds what was compiled for several lengths at once
         t = {"context": CONTEXT, "precision": "bf16", "warmup_steps": 0, "compile": False} | training
         t["batch_size"] = 2 * t.get("micro_batch_size", 1)
         config = Config(
@@ -165,3 +167,12 @@ def test_long_and_other_batches_run_as_they_are():
 def test_what_cannot_be_captured_is_refused():
     with pytest.raises(ConfigError, match=r"training.cuda_graphs: precision \('fp32'\) == 'bf16' for true"):
         check(config_of(precision="fp32", cuda_graphs=True))
+
+
+def test_a_batch_of_too_many_tokens_runs_as_it_is():
+    """Twice the same one: the second would be captured, which a CPU cannot do."""
+    model = GraphedModel(PiTransformer(ModelConfig(**MODEL), CONTEXT, 1, True), most_tokens=CONTEXT - 1)
+    tokens, labels = torch.randint(0, 512, (2, 1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        model(tokens, labels, SequenceContext()).backward()
+    assert not model.has_graphs

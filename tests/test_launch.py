@@ -120,7 +120,8 @@ def two_torchruns(config: Config, folder: Path, environments: list[dict[str, str
     started = []
     try:
         for node, environment in enumerate(environments):
-            own = base | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}"} | environment
+            path = ":".join(filter(None, [str(folder), str(ROOT), base.get("PYTHONPATH")]))
+            own = base | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
             torchrun = [sys.executable, "-m", "torch.distributed.run", f"--node-rank={node}", *where]
             command = [*torchrun, "-m", "pi_dist", "train", f"--config={folder / 'c.yaml'}"]
             with (folder / f"log-{node}").open("a") as log:

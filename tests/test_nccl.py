@@ -97,7 +97,8 @@ def test_a_lost_node_of_two_comes_back_over_sockets(corpus, tmp_path):
     said = {"NCCL_DEBUG": "INFO"}
     environments = [sockets | said | {"CUDA_VISIBLE_DEVICES": str(node)} for node in range(2)]
     whole = test_launch.config_for(corpus, tmp_path / "whole" / "run", "cuda")
-    assert test_launch.two_torchruns(whole, tmp_path / "whole", environments) == [0, 0]
+    ended = test_launch.two_torchruns(whole, tmp_path / "whole", environments)
+    assert ended == [0, 0], (tmp_path / "whole" / "log-0").read_text()
     expected = test_launch.losses(tmp_path / "whole" / "run")
     assert len(expected) == 8
     text = test_launch.check_a_lost_node(corpus, tmp_path / "lost", "cuda", environments, expected, 1e-5)

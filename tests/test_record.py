@@ -75,6 +75,7 @@ def sp_row(tokens, world_size, ms, **others):
 def test_a_table_of_steps_has_weak_scaling_predictions_and_forms_of_the_exchange():
     rows = [
         sp_row(1024, 1, 90.0, exposed_share=0.0),
+        sp_row(1024, 2, 97.0, exposed_share=0.0, batch=2, sp_degree=1),
         sp_row(2048, 2, 100.0, exposed_share=0.02),
         sp_row(2048, 2, 125.0, exposed_share=0.2, overlap="none"),
         sp_row(2048, 1, None, measured=False, fits=False),
@@ -82,12 +83,11 @@ def test_a_table_of_steps_has_weak_scaling_predictions_and_forms_of_the_exchange
         sp_row(4096, 1, None, method="ulysses", num_skips=0, measured=False, fits=None),
     ]
     assert markdown_table({"rows": rows}).split("\n") == [
-        "| model | method | context | reach | 1 GPU | 2 GPUs | weak scaling | exposed |",
-        "|---|---|---|---|---|---|---|---|",
-        "| small | π, k = 4, M = 1 | 1,024 | 192 | 90 (2.0) |  |  |  |",
-        "| small | π, k = 4, M = 1 | 2,048 | 192 | out of memory | 100 (2.0) | 90.0% | 2.0% |",
-        "| small | ring | 4,096 | 4,095 |  | ~70,000 (2.0) |  |  |",
-        "| small | ulysses | 4,096 | 192 | not possible |  |  |  |",
+        "| model | method | context | reach | 1 GPU | 2 GPUs | weak scaling | of 2 apart | exposed |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| small | π, k = 4, M = 1 | 2,048 | 192 | out of memory | 100 (2.0) | 90.0% | 97.0% | 2.0% |",
+        "| small | ring | 4,096 | 4,095 |  | ~70,000 (2.0) |  |  |  |",
+        "| small | ulysses | 4,096 | 192 | not possible |  |  |  |  |",
         "",
         "| small, π, k = 4, M = 1: overlap | exchange | sequences | 2,048 |",
         "|---|---|---|---|",

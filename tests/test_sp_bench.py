@@ -51,7 +51,7 @@ def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "sp.json"
     with Ranks(2) as ranks:
         methods = ["pi", "window", "ring", "ulysses", "dense"]
-        assert ranks.run(run_bench, str(path), [128, 256], methods) == [(True, 0), (True, 1)]
+        assert ranks.run(run_bench, str(path), [256, 512], methods) == [(True, 0), (True, 1)]
     return path
 
 
@@ -64,18 +64,23 @@ def test_every_method_and_mode_is_measured_and_sends_what_its_formula_says(recor
         for overlap in ("none", "interior", "pipelined")
         for exchange in ("ring_all_to_all", "all_to_all")
     }
+    apart = [row for row in rows if row["sp_degree"] == 1]
+    assert [(row["num_skips"], row["tokens"], row["batch"]) for row in apart] == [
+        (skips, tokens, 2) for skips in (16, 1, 0) for tokens in (128, 256)
+    ]
     for row in rows:
         assert row["measured"] and row["fits"] and row["ms"] > 0
-        assert row["bytes_sent"] == row["bytes_formula"] > 0, row
+        assert row["bytes_sent"] == row["bytes_formula"], row
+        assert (row["bytes_sent"] > 0) == (row["sp_degree"] == 2)
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] * row["batch"] / row["ms"] * 1e3, rel=1e-2)
         assert row["reach"] >= 0 and 0 <= row["covered_share"] <= 1
-    assert {row["reach"] for row in rows if row["method"] == "ring"} == {127, 255}
+    assert {row["reach"] for row in rows if row["method"] == "ring"} == {255, 511}
 
 
 def test_a_record_is_resumed_and_takes_the_baseline_of_one_rank(record):
     before = rows_of(record)
     with Ranks(2) as ranks:
-        ranks.run(run_bench, str(record), [128, 256], ["pi", "ring"])
+        ranks.run(run_bench, str(record), [256, 512], ["pi", "ring"])
     assert rows_of(record) == before
     with Ranks(1) as ranks:
         ranks.run(run_bench, str(record), [128], ["window", "dense"])
@@ -93,7 +98,7 @@ def test_what_cannot_be_split_or_ended_the_process_is_a_row_in_words(tmp_path):
         (row,) = rows_of(path)
         assert row["ms"] is None and "(65) % sp_degree (2) == 0 does not hold" in row["note"]
         record = json.loads(path.read_text())
-        attempted = sp_bench.Setup("tiny", "ulysses", 4, 16, 0)
+        attempted = sp_bench.Setup("tiny", "ulysses", 2, 4, 16, 0)
         record["settings"]["attempting"] = [*vars(attempted).values(), 64, 2]  # as if it had ended the job
         path.write_text(json.dumps(record))
         ranks.run(run_bench, str(path), [64, 128], ["ulysses"])
@@ -112,7 +117,7 @@ def out_of_memory(path):
     for replacement in (fail, measure):
         sp_bench.measure = replacement
         try:
-            sp_bench.bench(path, ["tiny"], [128, 256], ["window"], device="cpu")
+            sp_bench.bench(path, ["tiny"], [128, 256], ["ring"], device="cpu")
         except UserError as error:
             said.append(str(error))
     return said
@@ -140,7 +145,7 @@ def interrupted(path):
     for replacement in (stop, measure):
         sp_bench.measure = replacement
         with contextlib.suppress(KeyboardInterrupt):
-            sp_bench.bench(path, ["tiny"], [128], ["window"], device="cpu")
+            sp_bench.bench(path, ["tiny"], [128], ["ring"], device="cpu")
         dist.barrier()
         contents.append(json.loads(Path(path).read_text()))
         dist.barrier()
@@ -243,7 +248,7 @@ def test_bytes_to_others_are_counted(ranks):
 
 
 def test_several_strides_in_a_group_have_no_closed_form():
-    setup = sp_bench.Setup("tiny", "pi", 4, 16, 1)
+    setup = sp_bench.Setup("tiny", "pi", 2, 4, 16, 1)
     config = setup.config(64, 2, "cpu", "fp32")
     model = {"num_kv_heads": 1, "schedule": "per_head"}
     config = config.from_dict(config.to_dict() | {"model": config.to_dict()["model"] | model})

@@ -29,7 +29,12 @@ def parser() -> ArgumentParser:
         default=None,
         help="the record to make, or to go on with; blocks: another table",
     )
-    p.add_argument("--head-dim", type=int, default=64, help="blocks: the head_dim to choose tile sizes for")
+    p.add_argument(
+        "--head-dim",
+        type=int | None,
+        default=None,
+        help="blocks: the head_dim to choose tile sizes for, by default 64; kernel: default all",
+    )
     p.add_argument(
         "--entries", type=str | None, default=None, help="blocks: of the table, with commas; default: all"
     )
@@ -88,7 +93,7 @@ def run(arguments: Namespace) -> int:
         from pi_dist.measure.kernel_tuning import tune
 
         entries = arguments.entries and arguments.entries.split(",")
-        tune(arguments.head_dim, entries, arguments.json)
+        tune(arguments.head_dim or 64, entries, arguments.json)
         return 0
     if arguments.what == "faults":
         _faults(arguments)
@@ -118,9 +123,10 @@ def _faults(arguments: Namespace) -> None:
 
 def _kernel(arguments: Namespace) -> bool:
     from pi_dist.measure.figures import draw_kernels
-    from pi_dist.measure.kernel_bench import bench
+    from pi_dist.measure.kernel_bench import HEADS, bench
 
-    complete = bench(arguments.json, arguments.minutes)
+    head_dims = tuple(HEADS) if arguments.head_dim is None else (arguments.head_dim,)
+    complete = bench(arguments.json, arguments.minutes, head_dims)
     if arguments.plot is not None:
         draw_kernels(arguments.json, arguments.plot)
     return complete

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,8 +122,8 @@ def runner(case: Case, tensors: tuple[torch.Tensor, ...]) -> tuple[Callable[[], 
     spec = AttentionSpec(case.pattern, case.heads, (block,), case.head_dim**-0.5, 20.0, 0.0, 0, 0, 0)
     out, lse = pi_attention_fwd(spec, q, [k], [v], gate, None, [None])
     return (
-        lambda: pi_attention_fwd(spec, q, [k], [v], gate, None, [None]),
-        lambda: pi_attention_bwd(spec, q, [k], [v], gate, None, [None], out, lse, dout),
+        partial(pi_attention_fwd, spec, q, [k], [v], gate, None, [None]),
+        partial(pi_attention_bwd, spec, q, [k], [v], gate, None, [None], out, lse, dout),
     )
 
 
@@ -149,6 +150,45 @@ def _row(case: Case, method: str, direction: str, ms: float, copy: float, matmul
     }
 
 
+def resources(compiled: Any, limits: Any) -> dict[str, Any]:
+    """What a compiled kernel takes of a multiprocessor; spills in bytes a thread, occupancy a share of warps.
+
+    Args:
+        limits: the device's properties.
+    """
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    registers = -(-compiled.n_regs // 8) * 8 * 32 * warps  # as they are handed out
+    most_warps = limits.max_threads_per_multi_processor // 32
+    resident = min(
+        most_warps // warps,
+        limits.regs_per_multiprocessor // registers,
+        limits.shared_memory_per_multiprocessor // (shared + 1024),  # of which the driver takes 1024
+    )
+    return {
+        "kernel": compiled.metadata.name.removeprefix("_").removesuffix("_kernel"),
+        "warps": warps,
+        "registers": compiled.n_regs,
+        "spills": compiled.n_spills * 4,
+        "shared_bytes": shared,
+        "occupancy": round(resident * warps / most_warps, 3),
+    }
+
+
+def launches_of(function: Callable[..., Any]) -> dict[str, list[Any]]:
+    """The `resources` of the launches of a call, in order; lists, so that a row stays flat.
+
+    Args:
+        function: `pi_attention_fwd` or `_bwd` but for their `run`.
+    """
+    limits, found = torch.cuda.get_device_properties(0), []
+
+    def run(kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
+        found.append(resources(kernel[(programs,)](*arguments, **keywords), limits))
+
+    function(run=run)
+    return {name: [launch[name] for launch in found] for name in found[0]}
+
+
 def _warm_up(case: Case) -> None:
     """Compile the kernels of a case into Triton's cache, in a process of its own."""
     forward, backward = runner(case, inputs(case))
@@ -160,7 +200,7 @@ def _warm_up(case: Case) -> None:
 def compile_all(wanted: list[Any], warm_up: Callable[[Any], None]) -> None:
     """Compile for all of `wanted` on all processors; the kernels land in Triton's cache on disk."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), mp_context=context) as pool:
+    with ProcessPoolExecutor(max(1, min(28, (os.cpu_count() or 2) - 1)), mp_context=context) as pool:
         list(pool.map(warm_up, wanted))
 
 
@@ -175,7 +215,7 @@ def peer_cases() -> Iterator[Case]:
 def _measure(case: Case, copy: float, matmul: float) -> Iterator[dict[str, Any]]:
     """Rows of the Triton backend."""
     for direction, function in zip(("forward", "backward"), runner(case, inputs(case)), strict=True):
-        yield _row(case, OURS, direction, timed(function), copy, matmul)
+        yield _row(case, OURS, direction, timed(function), copy, matmul) | launches_of(function)
 
 
 def _measure_peers(case: Case, copy: float, matmul: float) -> Iterator[dict[str, Any]]:
@@ -191,27 +231,32 @@ def _measure_peers(case: Case, copy: float, matmul: float) -> Iterator[dict[str,
             yield _row(case, peer.name, direction, ms, copy, matmul)
 
 
-def _jobs(record: dict[str, Any]) -> list[tuple[Callable[..., Iterator[dict[str, Any]]], Case]]:
+def _jobs(
+    record: dict[str, Any], head_dims: Sequence[int]
+) -> list[tuple[Callable[..., Iterator[dict[str, Any]]], Case]]:
     """What the record does not have yet; the longest context last."""
     done = {_identity(row) for row in record["rows"]}
     jobs = [(_measure, case) for case in cases() if (OURS, "backward", case) not in done]
     jobs += [(_measure_peers, case) for case in peer_cases() if (FLEX, "backward", case) not in done]
+    jobs = [(measure, case) for measure, case in jobs if case.head_dim in head_dims]
     return sorted(jobs, key=lambda job: job[1].tokens == max(CONTEXTS))
 
 
-def bench(path: str, minutes: float = 8.0) -> bool:
+def bench(path: str, minutes: float = 8.0, head_dims: Sequence[int] = tuple(HEADS)) -> bool:
     """Measure what the record at `path` does not have yet, for about so many minutes; True if all is there.
 
     Raises:
-        UserError: no GPU, or the file is a record of another device or of other versions.
+        UserError: no GPU, an unknown head_dim, or a record of another device or of other versions.
     """
     if not torch.cuda.is_available():
         raise UserError("bench kernel: torch.cuda.is_available() does not hold; kernels are timed on a GPU")
+    if not set(head_dims) <= set(HEADS):
+        raise UserError(f"bench kernel: head_dim ({head_dims[0]}) in {tuple(HEADS)} does not hold")
     started = time.monotonic()
     settings = {"dtype": "bfloat16", "total_tokens": TOTAL_TOKENS, "gate": True, "logit_cap": 20.0}
     settings["seed"] = SEED
     record = resume(path, settings)
-    jobs = _jobs(record)
+    jobs = _jobs(record, head_dims)
     ours = {replace(case, tokens=16384) for measure, case in jobs if measure is _measure}
     compile_all(sorted(ours, key=str), _warm_up)
     copy, matmul = ceilings()
@@ -223,7 +268,7 @@ def bench(path: str, minutes: float = 8.0) -> bool:
         record["rows"] += rows
         print("\n".join(map(_line, rows)), flush=True)
         write(record, path)
-    left = len(_jobs(record))
+    left = len(_jobs(record, head_dims))
     print(
         f"{len(record['rows'])} rows in {path}" + (f"; {left} cases are left: run it again" if left else "")
     )

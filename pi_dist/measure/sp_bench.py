@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,38 +49,41 @@ from pi_dist.parallel.process_group import start, world_size_from_launcher
 from pi_dist.training.deepspeed_engine import Engine
 
 METHODS: tuple[Method, ...] = ("pi", "window", "ring", "ulysses", "dense")
-MODES_AT = (32768, 131072)  # contexts at which every form of the exchange is timed
+MODES_AT = (32768, 131072, 262144)  # contexts at which every form of the exchange is timed
 SLOWEST_MS = 60_000.0  # a step expected to be slower is predicted
-TIMED_STEPS = 5
+TIMED_STEPS = 9
 TIMED_S = 8.0  # fewer steps where they would take longer than this, but at least one
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What one engine is built for; it runs at several contexts."""
+    """What one engine is built for; it runs at several contexts.
+
+    sp_degree: ranks that share a sequence. batch: sequences of a step, of all ranks together.
+    """
 
     preset: str
     method: Method
+    sp_degree: int
     window: int
     stride: int
     num_skips: int
     overlap: Overlap = "interior"
     exchange: str = "ring_all_to_all"
     batch: int = 1
-    cuda_graphs: bool | None = False
+    cuda_graphs: bool | None = None
 
     def config(self, tokens: int, num_ranks: int, device: str, precision: str) -> Config:
         """The run's configuration at a context; raises ConfigError if it cannot be split so."""
         pattern = {"window": self.window, "stride": self.stride, "num_skips": self.num_skips}
+        parallel = {"sp_degree": self.sp_degree, "overlap": self.overlap, "exchange": self.exchange}
         config = Config(
             model=model_of(self.preset, method=self.method, **pattern),
-            parallel=ParallelConfig(
-                sp_degree=num_ranks, overlap=self.overlap, exchange=self.exchange, device=device, zero_stage=1
-            ),
+            parallel=ParallelConfig(**parallel, device=device, zero_stage=1),
             training=TrainingConfig(
                 context=tokens,
                 batch_size=self.batch,
-                micro_batch_size=self.batch,
+                micro_batch_size=self.batch * self.sp_degree // num_ranks,
                 precision=precision,
                 activation_checkpointing=True,
                 cuda_graphs=self.cuda_graphs,
@@ -91,24 +94,39 @@ class Setup:
 
 
 def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterator[tuple[Setup, bool]]:
-    """(setup, whether it is run at every context, or only at those of MODES_AT)."""
-    for preset in presets:
-        for method in methods:
-            if method == "pi":
-                yield Setup(preset, method, **WIDE), True
-                yield Setup(preset, method, **PAPER), True
-                if num_ranks > 1 and preset == presets[0]:
-                    for exchange in ("ring_all_to_all", "all_to_all"):
-                        for overlap in ("none", "interior", "pipelined"):
-                            batch = 2 if overlap == "pipelined" else 1
-                            mode = Setup(
-                                preset, method, **WIDE, overlap=overlap, exchange=exchange, batch=batch
-                            )
-                            yield mode, False
-                    yield Setup(preset, method, **WIDE, batch=2), False  # what pipelined is compared with
-                    yield Setup(preset, method, **WIDE, cuda_graphs=None), False
-            elif method in (("window", "dense") if num_ranks == 1 else ("window", "ring", "ulysses")):
-                yield Setup(preset, method, PAPER["window"], PAPER["stride"], 0), True
+    """(setup, whether it is run at every context, or only at those of MODES_AT).
+
+    Then what they are compared with: other forms of the exchange, and sequences that fewer ranks share, of as
+    many tokens a rank, so that ranks, engine and tokens are the same and the exchange is less, or none.
+    """
+    plain = [
+        Setup(preset, method, num_ranks, **pattern)
+        for preset in presets
+        for method in methods
+        for pattern in _patterns(method, num_ranks)
+    ]
+    yield from ((setup, True) for setup in plain)
+    for setup in plain:
+        if setup.method not in EXACT_METHODS:
+            for sp_degree in (p for p in range(num_ranks // 2, 0, -1) if num_ranks % p == 0):
+                yield replace(setup, sp_degree=sp_degree, batch=num_ranks // sp_degree), True
+    if "pi" in methods and num_ranks > 1:
+        wide = Setup(presets[0], "pi", num_ranks, **WIDE)
+        for exchange in ("ring_all_to_all", "all_to_all"):
+            for overlap in ("none", "interior", "pipelined"):
+                mode = replace(wide, overlap=overlap, exchange=exchange, batch=1 + (overlap == "pipelined"))
+                if mode != wide:
+                    yield mode, False
+        yield replace(wide, batch=2), False  # what pipelined is compared with
+        yield replace(wide, cuda_graphs=False), False
+
+
+def _patterns(method: Method, num_ranks: int) -> list[dict[str, int]]:
+    """Those that a method is measured with, on so many ranks."""
+    if method == "pi":
+        return [WIDE, PAPER]
+    runs = ("window", "dense") if num_ranks == 1 else ("window", "ring", "ulysses")
+    return [PAPER | {"num_skips": 0}] if method in runs else []
 
 
 def measure(
@@ -129,12 +147,12 @@ def measure(
         first = steps.timed()
     number = min(TIMED_STEPS, int(TIMED_S / first))
     seconds = median([steps.timed() for _ in range(number)] or [first])
-    layers, ranks = config.model.num_layers, mesh.sp_degree
+    layers = config.model.num_layers
     total = torch.tensor(float(sum(map(sum, sent.values()))), dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
     kernels = kernels_of(steps.one) if cuda else []
     row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
-        "bytes_sent": round(total.item() / ranks / layers),
+        "bytes_sent": round(total.item() / mesh.world_size / layers),
         "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
         "timed_steps": max(1, number),
         "replays": engine.replays,
@@ -205,15 +223,21 @@ def bench(
         raise UserError(f"bench sp: methods ({', '.join(methods)}) in {METHODS} does not hold")
     until, ranks = time.monotonic() + 60 * minutes, world_size_from_launcher()
     mesh = make_mesh(ranks, start(device, 180.0))
+    meshes = {ranks: mesh}
     precision = "bf16" if mesh.device.type == "cuda" else "fp32"
     settings = {"precision": precision, "activation_checkpointing": True, "data": "random tokens"}
     record = Record(path, mesh, settings, _line)
     complete = True
     for setup, everywhere in setups(presets, methods, ranks):
+        if setup.sp_degree not in meshes:
+            meshes[setup.sp_degree] = make_mesh(setup.sp_degree, mesh.device)
         wanted = [n for n in sorted(contexts) if everywhere or n in MODES_AT or n == min(contexts)]
+        wanted = [n * setup.sp_degree // ranks for n in wanted]
         done = {row["tokens"] for row in _rows_of(record, setup, ranks)}
         left = [n for n in wanted if n not in done]
-        complete = not left or _run(setup, left, mesh, record, device, precision, trace, until)
+        complete = not left or _run(
+            setup, left, meshes[setup.sp_degree], record, device, precision, trace, until
+        )
         if not complete:
             break
     record.close(complete)
@@ -239,11 +263,7 @@ def _run(
     engine = model = None
     try:
         for tokens in contexts:
-            empty = vars(setup) | {
-                "tokens": tokens,
-                "world_size": mesh.world_size,
-                "sp_degree": mesh.sp_degree,
-            }
+            empty = vars(setup) | {"tokens": tokens, "world_size": mesh.world_size}
             empty |= {"ms": None, "measured": False, "fits": None}
             try:
                 config = setup.config(tokens, mesh.world_size, device, precision)
@@ -298,6 +318,8 @@ def _line(row: dict[str, Any]) -> str:
     what += f"{row['overlap']:<9} {row['exchange']:<15} B {row['batch']} "
     what += f"{'graphs ' if row.get('replays') else ''}n {row['tokens']:>9,} "
     what += f"P {row['world_size']}"
+    if row["sp_degree"] < row["world_size"]:
+        what += f" = {row['world_size'] // row['sp_degree']} × {row['sp_degree']}"
     if row["ms"] is None:
         return f"{what}  {row['note']}"
     memory = "" if row.get("peak_mib") is None else f", {row['peak_mib']:,.0f} MiB"

@@ -57,7 +57,7 @@ class Setup:
     chunk_tokens: int | None = None
     engine: str = "deepspeed"
     eager: bool = False
-    cuda_graphs: bool | None = False
+    cuda_graphs: bool | None = None
     window: int = PAPER["window"]
     stride: int = PAPER["stride"]
     num_skips: int = PAPER["num_skips"]
@@ -93,7 +93,7 @@ def setups(presets: list[str], contexts: list[int], streamed: list[int]) -> Iter
                 yield Setup(preset, tokens, recompute)
         yield Setup(preset, compared, engine="torch")
         yield Setup(preset, compared, eager=True)
-        yield Setup(preset, min(contexts), cuda_graphs=None)
+        yield Setup(preset, min(contexts), cuda_graphs=False)
         yield Setup(preset, compared, **WIDE)
         for tokens in sorted(streamed):
             yield Setup(preset, tokens, chunk_tokens=min(CHUNK_TOKENS, tokens))

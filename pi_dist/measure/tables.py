@@ -107,32 +107,55 @@ def _times(windows: list[int], columns: dict[str, list[dict]], cell: Callable[[d
 def _sp_table(rows: list[dict]) -> str:
     """Steps on one GPU and on several, then the forms of the exchange.
 
-    Weak scaling: the step on one GPU with a P-th of the tokens over that on P.
+    Weak scaling: the step on one GPU with a P-th of the tokens over that on P. Apart: the step of P GPUs that
+    each have a sequence of a P-th of the tokens over that on P: what the exchange leaves.
     """
-    plain = [row for row in rows if _form(row) == ("interior", "ring_all_to_all", 1)]
+    plain = [row for row in rows if _shared(row) and _form(row) == ("interior", "ring_all_to_all", 1)]
     ranks = sorted({row["world_size"] for row in plain})
+    most = ranks[-1]
+    apart = {
+        (_model_of(row), most * row["tokens"]): row
+        for row in rows
+        if (row["world_size"], row.get("sp_degree")) == (most, 1)
+    }
     head = ["model", "method", "context", "reach", *(f"{p} GPU{'s' * (p > 1)}" for p in ranks)]
+    head += ["weak scaling", f"of {most} apart", "exposed"]
     lines = []
     for what in dict.fromkeys(map(_model_of, plain)):
         mine = {(row["tokens"], row["world_size"]): row for row in plain if _model_of(row) == what}
-        for tokens in sorted({tokens for tokens, _ in mine}):
-            found = [mine.get((tokens, p)) for p in ranks]
-            cells, last = [_step_cell(row) for row in found], found[-1]
-            reach = next((row["reach"] for row in found if row and "reach" in row), None)
-            part = mine.get((tokens // ranks[-1], 1))
-            pair = [row for row in (part, last) if row and row["measured"] and row["ms"]]
-            weak = f"{pair[0]['ms'] / pair[1]['ms']:.1%}" if len(pair) == 2 else ""
-            exposed = "" if not last or last.get("exposed_share") is None else f"{last['exposed_share']:.1%}"
-            where = [*what, f"{tokens:,}", "" if reach is None else f"{reach:,}"]
-            lines.append([*where, *cells, *([weak] if len(ranks) > 1 else []), exposed])
-    head += ["weak scaling"] if len(ranks) > 1 else []
-    tables = [table([*head, "exposed"], lines), _forms_table(rows, ranks[-1])]
+        largest = max(p for _, p in mine)
+        for tokens in sorted(tokens for tokens, p in mine if p == largest):
+            found, last = [mine.get((tokens, p)) for p in ranks], mine[tokens, largest]
+            share = last.get("exposed_share") if largest > 1 else None
+            lines.append(
+                [
+                    *(*what, f"{tokens:,}", f"{last['reach']:,}" if "reach" in last else ""),
+                    *map(_step_cell, found),
+                    _ratio(mine.get((tokens // largest, 1)) if largest > 1 else None, last),
+                    _ratio(apart.get((what, tokens)), last),
+                    "" if share is None else f"{share:.1%}",
+                ]
+            )
+    kept = [n for n, name in enumerate(head) if name == "exposed" or any(line[n] for line in lines)]
+    lines = [[line[n] for n in kept] for line in lines]
+    tables = [table([head[n] for n in kept], lines), _forms_table(rows, most)]
     return "\n\n".join(filter(None, tables))
+
+
+def _shared(row: dict) -> bool:
+    """Whether all ranks share a sequence."""
+    return row.get("sp_degree", row["world_size"]) == row["world_size"]
+
+
+def _ratio(row: dict | None, last: dict) -> str:
+    pair = [x for x in (row, last) if x and x["measured"] and x["ms"]]
+    return f"{pair[0]['ms'] / pair[1]['ms']:.1%}" if len(pair) == 2 else ""
 
 
 def _forms_table(rows: list[dict], num_ranks: int) -> str:
     """ms a step and share of it that is exposed exchange, by form; a column a context."""
     timed = [row for row in rows if row["world_size"] == num_ranks and row["ms"] and row["num_skips"]]
+    timed = [row for row in timed if _shared(row)]
     others = [row for row in timed if _form(row) != ("interior", "ring_all_to_all", 1)]
     if not others:
         return ""
@@ -149,8 +172,8 @@ def _forms_table(rows: list[dict], num_ranks: int) -> str:
 
 
 def _form(row: dict) -> tuple[str, str, int]:
-    graphs = ", graphs" if row.get("replays") else ""
-    return row["overlap"] + graphs, row["exchange"], row["batch"]
+    launched = ", no graphs" if row.get("cuda_graphs") is False else ""
+    return row["overlap"] + launched, row["exchange"], row["batch"]
 
 
 def _model_of(row: dict) -> tuple[str, str]:

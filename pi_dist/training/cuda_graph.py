@@ -8,6 +8,7 @@ not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,11 +29,14 @@ class GraphedModel(nn.Module):
     The first pass of its kind runs as it is, which compiles kernels and connects ranks; the second is
     captured, if every rank has the memory (`_has_room`). One kind is kept: a batch of another shape begins
     anew. Every rank of the default group makes the same passes, each with its backward pass before the next.
+
+    Args:
+        most_tokens: of a rank and micro-batch; one of more runs as it is.
     """
 
-    def __init__(self, model: PiTransformer) -> None:
+    def __init__(self, model: PiTransformer, most_tokens: float = math.inf) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._most_tokens = model, most_tokens
         self._replays = True
         self._kind: tuple[Any, ...] | None = None
         self._graphs: _Graphs | None = None
@@ -48,6 +52,9 @@ class GraphedModel(nn.Module):
         trains = self.training and torch.is_grad_enabled() and head and context.kept is None
         if not (trains and self._replays):
             return self.model(tokens, labels, context, head)
+        if tokens.numel() > self._most_tokens:
+            self.forget()
+            return self.model(tokens, labels, context)
         has_documents = context.labels is not None
         kind = (tokens.shape, has_documents, replace(context, labels=None, row_start=0, seed=0))
         if kind != self._kind:

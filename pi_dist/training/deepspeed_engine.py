@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pi_dist.config import Config, accumulation_steps, num_chunks, replays_graphs
+from pi_dist.config import GRAPHED_TOKENS, Config, accumulation_steps, num_chunks, replays_graphs
 from pi_dist.parallel.mesh import Mesh
 from pi_dist.training.cuda_graph import GraphedModel
 from pi_dist.training.optimizer import guard_update, learning_rate, make_optimizer
@@ -177,7 +178,9 @@ class Engine:
         model.to(mesh.device)
         if _low_precision_parameters(config):
             model.to(torch.bfloat16)
-        self._graphed = GraphedModel(model) if replays_graphs(config, mesh.device.type) else None
+        self._graphed = None
+        if replays_graphs(config, mesh.device.type):
+            self._graphed = GraphedModel(model, math.inf if config.training.cuda_graphs else GRAPHED_TOKENS)
         # its bf16 optimizer prints memory statistics; and it would keep an autograd graph of all parameters,
         # whose nodes for their gradients could not be captured
         with contextlib.redirect_stdout(io.StringIO()), torch.set_grad_enabled(self._graphed is None):
