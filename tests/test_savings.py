@@ -39,6 +39,7 @@ from pi_dist.measure.step_model import (
     step_time,
     work,
 )
+from pi_dist.measure.steps import model_of
 from pi_dist.measure.workers import OUT_OF_MEMORY
 from pi_dist.model.transformer import PiTransformer
 
@@ -132,15 +133,35 @@ def test_slower_networks_wait_longer(method):
     assert communication_seconds(job(method), 1, H100, Network()) == 0
 
 
-def test_the_memory_model_is_near_the_records():
-    """Measured on an H200, without recomputation: the shipped profile was not fitted to this figure."""
-    (row,) = kept_records()["small_one_h200"]["rows"]
-    model = dataclasses.replace(PRESETS["small"], vocab_size=50304)
-    training = TrainingConfig(
-        context=row["tokens"], batch_size=row["batch"], precision="bf16", activation_checkpointing=False
-    )
-    predicted = memory(Config(model=model, training=training), 1, load_profile("H200")).total
-    assert predicted == pytest.approx(row["peak_mib"], rel=0.1)
+def measured_steps():
+    """(row, its configuration) of steps that the shipped profile of this GPU was not fitted to."""
+    for name in ("step_h200", "sp_h200"):
+        for row in kept_records()[name]["rows"]:
+            plain = row.get("engine", "deepspeed") == "deepspeed" and not row.get("eager")
+            if row["measured"] and row["ms"] and plain and row["chunk_tokens"] is None:
+                what = {key: row[key] for key in ("method", "window", "stride", "num_skips")}
+                model = model_of(row["preset"], **what)
+                sizes = {"batch_size": row["batch"], "micro_batch_size": row["batch"], "precision": "bf16"}
+                sizes |= {key: row[key] for key in ("activation_checkpointing", "cuda_graphs")}
+                training = TrainingConfig(context=row["tokens"], **sizes)
+                parallel = ParallelConfig(sp_degree=row["sp_degree"])
+                yield row, Config(model=model, parallel=parallel, training=training)
+
+
+def test_the_model_is_near_measured_steps():
+    """On one and two H200: small and medium, every method, 8k to 1M tokens."""
+    profile, found = load_profile("H200"), 0
+    for row, config in measured_steps():
+        ranks, found = row["world_size"], found + 1
+        again = row["activation_checkpointing"]
+        assert memory(config, ranks, profile).total == pytest.approx(
+            row["peak_mib"], rel=0.13 if again == "selective" else 0.05
+        )
+        if row["cuda_graphs"] is None:  # else the host, which no profile knows, is waited for
+            predicted = step_time(config, ranks, profile, Network()).total
+            slow = row["method"] == "ring" and row["tokens"] == 32768  # its blocks are too short
+            assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.16 if slow else 0.1), row
+    assert found > 60
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(-3, 43))
@@ -348,7 +369,7 @@ def synthetic(profile):
     }
     rows = []
     for point in calibrate.points(["small", "medium"]):
-        config, ranks = config_of(*point, Terms()), point[-1]
+        config, ranks = config_of(*point, calibrate.TERMS), point[-1]
         row = dict(zip(("preset", "method", "streamed", "context", "world_size"), point, strict=True))
         row |= {"ms": 1e3 * compute_seconds(work(config, ranks, profile), profile), "status": "ok"}
         rows.append(row | {"peak_mib": memory(config, ranks, profile).total})

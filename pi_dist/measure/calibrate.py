@@ -26,6 +26,7 @@ from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
 
 GPU_CONSTANTS = 3  # of a step's time: of matrix products, of what moves tensors, of exact attention
+TERMS = Terms(chunk_tokens=8192)  # short enough that the host paces what no graph launches
 # method, streamed, tokens, ranks: each constant stands out in some of them
 _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
     ("pi", False, 32768, 1),
@@ -33,7 +34,7 @@ _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
     ("pi", False, 131072, 1),
     ("dense", False, 8192, 1),
     ("window", False, 65536, 1),
-    ("pi", True, 262144, 1),
+    ("pi", True, 65536, 1),
     ("ring", False, 131072, 4),
     ("pi", False, 131072, 4),
 )
@@ -135,7 +136,7 @@ def jobs_of(record: dict[str, Any], value: str) -> list[tuple[Config, int, float
     for row in record["rows"]:
         if row["status"] == "ok" and row[value] is not None:
             what = (row["preset"], row["method"], row["streamed"], row["context"], row["world_size"])
-            jobs.append((config_of(*what, Terms()), row["world_size"], row[value]))
+            jobs.append((config_of(*what, TERMS), row["world_size"], row[value]))
     return jobs
 
 
@@ -228,7 +229,7 @@ def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minut
 
 
 def _request(point: tuple[str, Method, bool, int, int]) -> Request:
-    config, ranks = config_of(*point, Terms()), point[-1]
+    config, ranks = config_of(*point, TERMS), point[-1]
     return Request(config, ranks, typical_rank(config, ranks), timed_steps=3, forward_too=False)
 
 

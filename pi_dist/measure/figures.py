@@ -336,6 +336,7 @@ def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
                         if row["preset"] == preset and row[key] is not None and belongs(row)
                         if policy == "in chunks" or row["chunk_tokens"] is None
                         if (row["engine"], row["eager"], row["window"]) == ("deepspeed", False, 4)
+                        if row["cuda_graphs"] is None
                     ]
                     points = sorted((row["tokens"], row[key]) for row in of_policy)
                     if points:
@@ -351,39 +352,59 @@ def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
         plt.close(figure)
 
 
+_SHOWN_US = 1000.0  # of a step, around an exchange
+_BACKWARD = ("_fused_kernel", "_keys_kernel", "_queries_kernel", "_queries_once_kernel")
+_LANES = ("attention", "other compute", "rows travel", "ZeRO")
+
+
+def _lane(name: str, kind: str) -> int:
+    if kind != "compute":
+        return 2 if kind == "exchange" else 3
+    return 0 if name in _BACKWARD or "pi_attention" in name else 1
+
+
 def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
-    """One layer's worth of a step as `pi-dist bench sp --trace` wrote it: what ran while rows travelled."""
+    """What ran while rows of a layer travelled, forward and backward, by `pi-dist bench sp --trace`.
+
+    Raises:
+        UserError: there is no exchange in it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     content = json.loads(Path(trace).read_text())
-    lanes = {"compute": "compute", "exchange": "rows travel", "collective": "ZeRO"}
-    exchanges = [(start, stop) for _, kind, start, stop in content["kernels"] if kind == "exchange"]
-    if not exchanges:
-        raise UserError(f"{trace}: exchanges on a GPU ({len(exchanges)}) >= 1 does not hold; nothing to draw")
-    middle, width = exchanges[len(exchanges) // 2][0], max(500.0, 6 * max(b - a for a, b in exchanges))  # µs
-    begin, end = middle - width / 2, middle + width / 2
+    kernels = [(start, stop, _lane(name, kind), name) for name, kind, start, stop in content["kernels"]]
+    shown: dict[str, list[float]] = {"forward": [], "backward": []}  # when exchanges start
+    going = "forward"
+    for start, _, lane, name in kernels:
+        if lane == 0:
+            going = "backward" if name in _BACKWARD else "forward"
+        elif lane == 2:
+            shown[going].append(start)
+    if not (found := {way: starts for way, starts in shown.items() if starts}):
+        raise UserError(f"{trace}: exchanges on a GPU (0) >= 1 does not hold; nothing to draw")
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 1.9), layout="constrained")
-        for lane, kind in enumerate(lanes):
-            bars = [
-                (max(start, begin), min(stop, end))
-                for _, of, start, stop in content["kernels"]
-                if of == kind and stop > begin and start < end
-            ]
-            spans = [((start - begin) / 1e3, (stop - start) / 1e3) for start, stop in bars]
-            axes.broken_barh(spans, (-lane - 0.35, 0.7), color=_RANK_COLOURS[lane], linewidth=0)
-        axes.set_yticks([-lane for lane in range(len(lanes))], lanes.values())
-        axes.set_xlim(0, width / 1e3)
+        figure, panels = plt.subplots(len(found), figsize=(9, 1.9 * len(found)), layout="constrained")
+        for axes, (way, starts) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
+            begin = starts[len(starts) // 2] - 0.15 * _SHOWN_US
+            for start, stop, lane, _ in kernels:
+                if stop > begin and start < begin + _SHOWN_US:
+                    bar = ((start - begin) / 1e3, (stop - start) / 1e3)
+                    colour = _RANK_COLOURS[lane % len(_RANK_COLOURS)]
+                    axes.broken_barh(
+                        [bar], (-lane - 0.35, 0.7), color=colour, edgecolor="white", linewidth=0.6
+                    )
+            axes.set_yticks([-lane for lane in range(len(_LANES))], _LANES)
+            axes.set_xlim(0, _SHOWN_US / 1e3)
+            axes.set_title(way, **_HEADING)
         axes.set_xlabel("ms")
         row = content["row"]
-        axes.set_title(
+        figure.suptitle(
             f"{row['method']}, k = {row['window']}, M = {row['num_skips']}, {row['tokens']:,} tokens on "
             f"{row['world_size']} GPUs, {row['overlap']}, {row['exchange']}: "
-            f"{row['exposed_share']:.1%} of the step is exchange that nothing covers",
-            **_HEADING,
+            f"{row['exposed_share']:.1%} of the step is exposed"
         )
         save(figure, path)
         plt.close(figure)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pi_dist.config import Config, UserError, compiles, num_chunks
+from pi_dist.config import Config, UserError, compiles, num_chunks, replays_graphs
 from pi_dist.data.shards import ShardIndex
 from pi_dist.measure.reach import report
 from pi_dist.model.flops import recomputed_flops_per_token, training_flops_per_token
@@ -36,10 +36,16 @@ def device_name() -> str:
     return f"cpu ({platform.machine()})"
 
 
+def device_type(config: Config) -> str:
+    """Of the device that a run takes here."""
+    return "cuda" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu"
+
+
 def step_row(config: Config, world_size: int, seconds: float, num_parameters: int | None) -> dict:
     """What every row about training steps has.
 
-    Memory is this rank's peak since the statistics were last reset, in MiB. mfu is a share of the data
+    Memory is this rank's peak since the statistics were last reset, in MiB; what is allocated does not count
+    passes that are replayed, what is reserved does. mfu is a share of the data
     sheet's dense bf16 rate, null where that is not known; hfu counts what is recomputed too. seconds: of one
     optimizer step.
     """
@@ -54,7 +60,7 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
         recomputed += recomputed_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
     rate = tokens / seconds / world_size / peak if peak and t.precision == "bf16" else None
     reach = report(model, t.context)
-    cuda = torch.cuda.is_available() and config.parallel.device != "cpu"
+    cuda = device_type(config) == "cuda"
     return {
         "method": "+".join(dict.fromkeys(model.methods)),
         "num_layers": model.num_layers,
@@ -71,7 +77,7 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
         "precision": t.precision,
         "activation_checkpointing": t.activation_checkpointing,
         "chunk_tokens": t.chunk_tokens,
-        "compiled": compiles(config, "cuda" if cuda else "cpu"),
+        "compiled": compiles(config, device_type(config)),
         "exchange": config.parallel.exchange,
         "overlap": config.parallel.overlap,
         "ms": round(seconds * 1e3, 2),
@@ -108,6 +114,7 @@ def add_training_run(path: str, config: Config, world_size: int, outcome: Outcom
         "kept_rows": outcome.kept and ("host" if outcome.kept.host else "device"),
         "kept_mib": outcome.kept and round(outcome.kept.size.rows / 2**20, 1),
         "host_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
+        "replays": replays_graphs(config, device_type(config)),
         "steps": len(outcome.step_seconds),
         "seed": t.seed,
         "data": Path(config.data.train).parent.name,

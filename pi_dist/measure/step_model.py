@@ -264,7 +264,8 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
     """Seconds of a step in which a rank waits for others: exchanges of layers that nothing hides, and ZeRO.
 
     A message takes `latency + bytes / rate`. Rows of π and window travel behind the attention to a rank's own
-    rows; blocks of a ring behind the attention to the block before; Ulysses and ZeRO wait.
+    rows, and are worked on by launches of their own; blocks of a ring behind the attention to the block
+    before; Ulysses and ZeRO wait.
     """
     m, t, p = config.model, config.training, config.parallel
     rate, latency = network.of(p.sp_degree)
@@ -298,7 +299,8 @@ def _layer_wait(
         return max(0.0, steps * latency + sent / rate - compute * (ranks - 1) / ranks)
     calls = 2 * passes  # window rows by send/recv and skip rows by all_to_all
     hidden = _kernel_seconds(config, profile, forwards) / chunks / config.model.num_layers
-    return max(0.0, calls * latency + sent / chunks / rate - hidden)
+    edge = passes * latency  # launches for what arrives, short as a message
+    return edge + max(0.0, calls * latency + sent / chunks / rate - hidden)
 
 
 def _zero_seconds(config: Config, world_size: int, network: Network, micro_steps: int) -> float:

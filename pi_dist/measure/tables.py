@@ -1,35 +1,53 @@
-"""Records as the Markdown tables that the README shows."""
+"""The records as Markdown tables: `python -m pi_dist.measure.tables` writes `records/README.md`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from pi_dist.measure.record import kept_records
+from pi_dist.measure.timeline import PARTS
 
 COLUMNS = {
     "tokens": "context",
     "world_size": "GPUs",
     "sp_degree": "sp",
     "zero_stage": "ZeRO",
+    "replays": "graphs",
     "ms": "ms a step",
     "tokens_per_s": "tokens/s",
-    "peak_mib": "peak MiB a GPU",
+    "reserved_mib": "MiB reserved a GPU",
     "last_loss": "last loss",
     "heldout_loss": "held-out loss",
     "reach": "reach",
 }
 
 
+PAGE = Path(__file__).parent / "records" / "README.md"
+
+
+def markdown_page() -> str:
+    """All records that ship, each with its device and command."""
+    parts = ["# Records", "Made by `python -m pi_dist.measure.tables` from the files beside this one."]
+    for name, record in kept_records().items():
+        parts += [f"## {name}", f"{record['device']}: `{record['command']}`", markdown_table(record)]
+    return "\n\n".join(parts) + "\n"
+
+
 def markdown_table(record: dict) -> str:
-    """A record as the Markdown table that the README shows; in a step's, reach stands beside the context."""
+    """A record as a Markdown table, or several; in a step's, reach stands beside the context."""
     if "floor_ms" in record["rows"][0]:
         return _kernel_table(record["rows"])
+    if any("idle_ms" in row for row in record["rows"]):
+        return _step_table(record["rows"])
     if any("exposed_share" in row for row in record["rows"]):
         return _sp_table(record["rows"])
     if all(row.get("chunk_tokens") for row in record["rows"]):
         return _chunks_table(record["rows"])
 
     def cell(value: object) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, float):
             return f"{value:,.0f}" if value >= 100 else f"{value:.4f}"
         return f"{value:,}"
@@ -41,6 +59,34 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table."""
     rows = (" | ".join(["", *line, ""]).strip() for line in (head, *lines))
     return "\n".join([next(rows), "|---" * len(head) + "|", *rows])
+
+
+def _step_table(rows: list[dict]) -> str:
+    """Steps of presets, and the share of each part of them; the GPU waits in the last."""
+    head = ["model", "k", "M", "context", "sequences", "again", "engine", "ms", "tokens/s", "MFU", "peak GiB"]
+    head += [*PARTS, "waiting", "reach"]
+    lines = []
+    for row in rows:
+        engine = row["engine"] + (", eager" if row["eager"] else "")
+        engine += "" if row["cuda_graphs"] is None else ", no graphs"
+        again = row["activation_checkpointing"]
+        if row["chunk_tokens"] is not None:
+            again = f"chunks of {row['chunk_tokens']:,}"
+        again = {False: "nothing", True: "blocks"}.get(again, again)
+        what = [row["preset"], *(str(row[key]) for key in ("window", "num_skips")), f"{row['tokens']:,}"]
+        if row["ms"] is None:
+            lines.append([*what, "", again, engine, row["note"], *[""] * (len(head) - 8)])
+            continue
+        parts = [row.get(f"{part}_ms") for part in (*PARTS, "idle")]
+        lines.append(
+            [
+                *(*what, str(row["batch"]), again, engine, f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,}"),
+                *("" if row["mfu"] is None else f"{row['mfu']:.1%}", f"{row['peak_mib'] / 1024:.1f}"),
+                *("" if ms is None else f"{ms / row['ms']:.1%}" for ms in parts),
+                f"{row['reach']:,}",
+            ]
+        )
+    return table(head, lines)
 
 
 def _chunks_table(rows: list[dict]) -> str:
@@ -196,6 +242,5 @@ def _step_cell(row: dict | None) -> str:
     return f"{'' if row['measured'] else '~'}{row['ms']:,.0f}{memory}" + ("" if row["fits"] else ", too much")
 
 
-if __name__ == "__main__":  # `python -m pi_dist.measure.tables` prints the README's tables
-    for name, record in kept_records().items():
-        print(f"{name}\n\n{markdown_table(record)}\n")
+if __name__ == "__main__":
+    PAGE.write_text(markdown_page())
