@@ -133,6 +133,18 @@ def test_slower_networks_wait_longer(method):
     assert communication_seconds(job(method), 1, H100, Network()) == 0
 
 
+@pytest.mark.parametrize("method", ["pi", "dense"])
+def test_offload_and_tiles_need_less_memory_and_so_reach_farther(method):
+    terms = [{}, {"activation_offload": True}, {"activation_offload": True, "mlp_tile_tokens": 4096}]
+    plain, offloaded, tiled = (memory(job(method, 2**20, **t), 1, H100) for t in terms)
+    saved = PRESETS["small"].num_layers - 3  # inputs of blocks, in bf16
+    assert plain.kept - offloaded.kept == pytest.approx(saved * 2**20 * 768 * 2 / 2**20)
+    assert tiled.working < offloaded.working if method == "pi" else tiled.working == offloaded.working
+    assert tiled.total < offloaded.total or method == "dense"
+    streamed = job("pi", 2**20, streamed=True, activation_offload=True)
+    assert not streamed.training.activation_offload
+
+
 def measured_steps():
     """(row, its configuration) of steps that the shipped profile of this GPU was not fitted to."""
     for name in ("step_h200", "sp_h200"):

@@ -44,6 +44,17 @@ def parser() -> ArgumentParser:
     p.add_argument(
         "--schedule", type=Literal["fixed", "doubling", "per_head"], default="fixed", help="strides"
     )
+    p.add_argument(
+        "--activation-offload",
+        action="store_true",
+        help="inputs of blocks in host memory, of every method, but where π streams",
+    )
+    p.add_argument(
+        "--mlp-tile-tokens",
+        type=int | None,
+        default=None,
+        help="the MLP in tiles of so many, of every method",
+    )
     p.add_argument("--max-gpus", type=int, default=1024, help="no more than so many")
     p.add_argument("--json", type=str | None, default=None, help="the record to make, or to go on with")
     p.add_argument("--report", type=str | None, default=None, help="write the report there, as Markdown")
@@ -86,6 +97,8 @@ def run(arguments: Namespace) -> int:
             stride=a.stride,
             num_skips=a.num_skips,
             schedule=a.schedule,
+            activation_offload=a.activation_offload,
+            mlp_tile_tokens=a.mlp_tile_tokens,
             max_gpus=a.max_gpus,
         )
         lab = _lab(a)

@@ -41,7 +41,10 @@ _HOPELESS_BESIDE, _HOPELESS = 1.25, 1.5
 
 @dataclass(frozen=True)
 class Terms:
-    """What all methods share: fields of the configuration, but chunk_tokens are those of one rank."""
+    """What all methods share: fields of the configuration, but chunk_tokens are those of one rank.
+
+    What goes in chunks is not offloaded: chunks do not keep what would be.
+    """
 
     zero_stage: int = 1
     chunk_tokens: int = 32768
@@ -49,6 +52,8 @@ class Terms:
     stride: int = 16
     num_skips: int = 1
     schedule: str = "fixed"
+    activation_offload: bool = False
+    mlp_tile_tokens: int | None = None
     max_gpus: int = 1024
     device: str = "auto"
     precision: str = "bf16"
@@ -132,6 +137,8 @@ def config_of(
             micro_batch_size=1,
             precision=terms.precision,
             activation_checkpointing=True,
+            activation_offload=terms.activation_offload and not streamed,
+            mlp_tile_tokens=terms.mlp_tile_tokens,
             chunk_tokens=chunk if streamed else None,
         ),
     )

@@ -74,8 +74,7 @@ def markdown(record: dict[str, Any]) -> str:
         "# GPUs that a context needs",
         "",
         f"On {profile['name']}, {usable:,.1f} of {whole:,.1f} GiB for tensors. Every method: the same model, "
-        "bf16, one sequence a step over all GPUs, blocks recomputed, logits in tiles, no offload, no data "
-        "parallelism.",
+        "bf16, one sequence a step over all GPUs, blocks recomputed, logits in tiles, no data parallelism.",
         "",
         "A cell is the fewest GPUs, with memory and step time of each, and why the next smaller number that "
         "was tried is not enough. Letters say how a figure was found: "
@@ -95,14 +94,17 @@ def markdown(record: dict[str, Any]) -> str:
 
 _TERMS = (
     *("zero_stage", "window", "stride", "num_skips", "schedule", "chunk_tokens", "max_gpus", "gpus_per_node"),
-    *("fabric_bytes_per_s", "fabric_latency_s"),
+    *("fabric_bytes_per_s", "fabric_latency_s", "activation_offload", "mlp_tile_tokens"),
 )
 
 
 def _terms(t: dict[str, Any]) -> str:
     """What rows have in common, in a sentence."""
+    offload = "inputs of blocks in host memory, but streamed" if t["activation_offload"] else "no offload"
+    tile = t["mlp_tile_tokens"]
     return (
-        f"ZeRO {t['zero_stage']}; pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
+        f"ZeRO {t['zero_stage']}; {offload}; "
+        f"the MLP {'at once' if tile is None else f'in tiles of {tile:,}'}; pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
         f"{t['schedule']} strides; streamed: chunks of {t['chunk_tokens']:,} tokens a GPU; GPUs: divisors of "
         f"the context up to {t['max_gpus']:,}, {t['gpus_per_node']} a node, between nodes "
         f"{t['fabric_bytes_per_s'] / 1e9:g} GB/s for each and {1e6 * t['fabric_latency_s']:g} µs."

@@ -25,6 +25,9 @@ _LOGIT_MOVES = 6  # times that each is read or written: by three products, and b
 _SAVED_COPIES, _PRODUCT_COPIES = 18.2, 13.8
 # Of a block's copies, those that only its backward pass makes: of the wide MLP and inputs.
 _GRADIENT_COPIES = 6
+# Copies in the backward pass of the first half of a block, by its code: input, norm, projection, rotary q and
+# k, output, and the gradients of all of them. Read where the MLP is in tiles, which hide behind it.
+_FIRST_HALF_COPIES = 14
 # Copies in the backward pass of dense attention, by its code: q, k, v and what they are parts of, out and its
 # gradient, the sums of gradients in fp32, a block's own, and the kernel's workspace.
 _EXACT_COPIES = 23
@@ -32,6 +35,7 @@ _EXACT_COPIES = 23
 _RING_COPIES = 7
 _RING_COPIES_OF_TWO = 5  # no keys arrive while others than a rank's own are worked on
 _ULYSSES_COPIES = -2  # what is gathered takes the place of what it was gathered from
+_INPUTS_HERE = 3  # of blocks, where the rest are in host memory: one that leaves, one in use, one that comes
 _STATE_BYTES = 28  # read and written by AdamW for each parameter of a partition
 _ADDED_BYTES = 12  # for each parameter, where a further micro-step's gradient is added to an fp32 one
 
@@ -108,9 +112,9 @@ def _passing_gradients(config: Config) -> float:
 
 
 def attention_copies(method: Method, num_ranks: int) -> float:
-    """Copies of [tokens, d] that live in the backward pass of attention; 0: fewer than in that of the MLP."""
+    """Copies of [tokens, d] that live in the backward pass of the half of a block with attention."""
     if method not in EXACT_METHODS:
-        return 0.0
+        return _FIRST_HALF_COPIES
     if method == "ulysses" and num_ranks > 1:
         return _EXACT_COPIES + _ULYSSES_COPIES
     if method == "ring" and num_ranks > 1:
@@ -140,10 +144,15 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
             # rows of two chunks stay
             rows *= min(1.0, 2 / (chunks - 1))
         kept += rows
-    inputs = here * row * (m.num_layers if recomputed else 1)  # of blocks
+    tiled = t.mlp_tile_tokens is not None
+    # of blocks, and of their second halves, where these are in tiles
+    inputs = here * row * max(1, m.num_layers * (recomputed + tiled))
+    if t.activation_offload:
+        inputs = min(inputs, _INPUTS_HERE * here * row)
     gradients = _GRADIENT_COPIES * here * row
-    copies = max(profile.block_copies, *(attention_copies(method, p.sp_degree) for method in m.methods))
-    block = copies * here * row - gradients  # what the backward pass of a block reads
+    of_mlp = profile.block_copies * (min(here, t.mlp_tile_tokens) if tiled else here)
+    of_attention = max(attention_copies(method, p.sp_degree) for method in m.methods) * here
+    block = max(of_mlp, of_attention) * row - gradients  # what the backward pass of a block reads
     tile = tile_rows(here, m.vocab_size, KERNEL_ELEMENTS)
     loss = 3 * here * row + 4 * m.vocab_size * m.hidden_size
     loss += tile * (m.vocab_size * BYTES[t.precision] + row)
