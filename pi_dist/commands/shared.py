@@ -45,7 +45,10 @@ def add_network(parser: ArgumentParser) -> None:
         "--fabric-gbytes-per-s",
         type=float | None,
         default=None,
-        help="between nodes, for each GPU, one way; default: the network's",
+        help="between nodes, of an adapter, one way; default: the network's",
+    )
+    parser.add_argument(
+        "--adapters-per-node", type=int | None, default=None, help="between nodes; default: the network's"
     )
     parser.add_argument(
         "--fabric-latency-us", type=float | None, default=None, help="of a message between nodes"
@@ -66,6 +69,7 @@ def network_of(arguments: Namespace):
     for flag, name, unit in (
         ("fabric_gbytes_per_s", "fabric_bytes_per_s", 1e9),
         ("fabric_latency_us", "fabric_latency_s", 1e-6),
+        ("adapters_per_node", "adapters_per_node", 1),
     ):
         if arguments[flag] is not None:
             changes[name] = arguments[flag] * unit

@@ -26,7 +26,7 @@ from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
 
 GPU_CONSTANTS = 3  # of a step's time: of matrix products, of what moves tensors, of exact attention
-TERMS = Terms(chunk_tokens=8192)  # short enough that the host paces what no graph launches
+TERMS = Terms(chunk_tokens=2048)  # short enough that the host paces what no graph launches
 # method, streamed, tokens, ranks: each constant stands out in some of them
 _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
     ("pi", False, 32768, 1),
@@ -81,7 +81,8 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
         launched = [1e6 * s / work(config, ranks, profile).layers for config, ranks, s in jobs[:paced]]
         layer_us = statistics.fmean(launched) if launched else 0.0
         found.append(replace(_fit_gpu(profile, jobs[paced:]), layer_us=layer_us))
-    return min(found, key=error)
+    best = min(found, key=error)
+    return best if best.layer_us else replace(best, layer_us=profile.layer_us)  # no step tells of the host
 
 
 def _fit_gpu(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
@@ -154,7 +155,8 @@ def fitted(profile: Profile, record: dict[str, Any], source: str) -> Profile:
     found = fit_memory(fit_time(replace(profile, **rates), times), jobs_of(record, "peak_mib"))
     names = (*rates, "matmul_share", "block_moves", "layer_us", "exact_forward_flops_per_s",
              "exact_backward_flops_per_s", "block_copies", "fixed_mib")  # fmt: skip
-    return replace(found, sources=profile.sources | dict.fromkeys(names, source))
+    fitted_names = [name for name in names if name != "layer_us" or found.layer_us != profile.layer_us]
+    return replace(found, sources=profile.sources | dict.fromkeys(fitted_names, source))
 
 
 def describe_fit(profile: Profile, record: dict[str, Any]) -> str:

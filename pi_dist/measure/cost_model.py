@@ -5,7 +5,7 @@ Independent of `exchange_plan`, whose counts it is compared with.
 
 from __future__ import annotations
 
-from pi_dist.config import Config
+from pi_dist.config import Config, ConfigError
 from pi_dist.ops.pattern import PiPattern, layer_patterns
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -32,7 +32,13 @@ def _pi_bytes(config: Config, pattern: PiPattern, num_ranks: int, element: int) 
     model, length = config.model, config.training.context // num_ranks
     rows = 0
     for group in pattern.head_groups(model.num_heads, model.kv_heads):
-        (stride,) = set(group.strides)  # several in one group have no closed form here
+        if len(set(group.strides)) > 1:
+            raise ConfigError(
+                f"model.num_kv_heads: strides of the {len(group.strides)} query heads of a key/value head "
+                f"({', '.join(map(str, sorted(set(group.strides))))}) are equal does not hold; what they "
+                "receive together has no closed form"
+            )
+        stride = group.strides[0]
         for rank in range(num_ranks):
             here = rows_received(pattern.window, stride, pattern.num_skips, rank * length, length)
             rows += here * len(group.kv_heads)
@@ -50,7 +56,7 @@ def exchanged_bytes(config: Config, layer: int) -> float:
     - ulysses: a (P-1)/P share of q, k, v and out forward, and of their gradients backward.
 
     Raises:
-        ValueError: the query heads of a key/value head have several strides.
+        ConfigError: the query heads of a key/value head have several strides.
     """
     model, training, ranks = config.model, config.training, config.parallel.sp_degree
     element, length = BYTES[training.precision], training.context // ranks

@@ -301,10 +301,12 @@ def _measured_steps(request: Request, device: torch.device, memory: _Memory) -> 
         times, forward_times = [], []
         if request.timed_steps:
             times.append(job.seconds(job.step))
+            if job.engine.replays:  # that step captured graphs
+                times = [job.seconds(job.step)]
         else:
             with stand_ins(), job.engine.as_it_is():
                 job.step(None if few is None else 2)
-        row = memory.row()
+        row, replays = memory.row(), job.engine.replays
         if request.timed_steps:
             again = request.timed_steps if times[0] < _LONG_S else 0
             times = [job.seconds(job.step) for _ in range(again)] or times
@@ -315,6 +317,7 @@ def _measured_steps(request: Request, device: torch.device, memory: _Memory) -> 
     return row | {
         "ms": _median_ms(times),
         "forward_ms": _median_ms(forward_times),
+        "replays": replays,
         "num_parameters": job.num_parameters,
         "rank": job.mesh.rank,
         "world_size": request.world_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -9,6 +10,8 @@ from pi_dist.config import Config, ConfigError, check
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.reach import report
 from pi_dist.measure.step_model import Memory, Time, memory, step_time
+
+MOST_GPUS = 4096  # that are tried
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Plan:
     covered_share: float
     changes: tuple[Change, ...]
     """What would make it fit, if it does not."""
+    more_gpus: int | None
+    """With how many it would, if none of these changes helps; None: with no number that was tried."""
 
     @property
     def fits(self) -> bool:
@@ -51,13 +56,14 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
     check(config, gpus)
     reach = report(config.model, config.training.context)
     need = memory(config, gpus, profile)
-    changes = ()
+    changes, more_gpus = (), None
     if need.total > profile.usable_mib:
-        found = (
-            Change(what, memory(other, gpus, profile).total, step_time(other, gpus, profile, network).total)
+        changes = tuple(
+            Change(what, mib, step_time(other, gpus, profile, network).total)
             for what, other in _alternatives(config, gpus)
+            if (mib := _mib(other, gpus, profile)) <= profile.usable_mib
         )
-        changes = tuple(change for change in found if change.mib <= profile.usable_mib)
+        more_gpus = None if changes else _more_gpus(config, gpus, profile)
     return Plan(
         gpus=gpus,
         gpu=profile.name,
@@ -69,7 +75,28 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
         context=config.training.context,
         covered_share=reach.covered_share,
         changes=changes,
+        more_gpus=more_gpus,
     )
+
+
+def _mib(config: Config, gpus: int, profile: Profile) -> float:
+    """Memory of a rank; infinite where the run would be refused."""
+    try:
+        check(config, gpus)
+        return memory(config, gpus, profile).total
+    except ConfigError:
+        return math.inf
+
+
+def _more_gpus(config: Config, gpus: int, profile: Profile) -> int | None:
+    """The least multiple of the GPUs, by powers of two, that share a sequence and have the memory."""
+    p, factor = config.parallel, 2
+    while gpus * factor <= MOST_GPUS:
+        other = replace(config, parallel=replace(p, sp_degree=p.sp_degree * factor))
+        if _mib(other, gpus * factor, profile) <= profile.usable_mib:
+            return gpus * factor
+        factor *= 2
+    return None
 
 
 def _alternatives(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
@@ -82,10 +109,16 @@ def _alternatives(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
         single.append((f"parallel.zero_stage={stage}", {"parallel": {"zero_stage": stage}}))
     if t.micro_batch_size > 1:
         single.append(("training.micro_batch_size=1", {"training": {"micro_batch_size": 1}}))
-    if not t.activation_checkpointing and t.chunk_tokens is None:
+    if t.cuda_graphs:
+        single.append(("training.cuda_graphs=null", {"training": {"cuda_graphs": None}}))
+    if t.activation_checkpointing is not True and t.chunk_tokens is None:
         single.append(
             ("training.activation_checkpointing=true", {"training": {"activation_checkpointing": True}})
         )
+    if t.mlp_tile_tokens is None:
+        single.append(("training.mlp_tile_tokens=8192", {"training": {"mlp_tile_tokens": 8192}}))
+    if t.activation_checkpointing is True and t.chunk_tokens is None and not t.activation_offload:
+        single.append(("training.activation_offload=true", {"training": {"activation_offload": True}}))
     chunk = 8192 * p.sp_degree
     if t.chunk_tokens is None and chunk < t.context:
         single.append((f"training.chunk_tokens={chunk}", {"training": {"chunk_tokens": chunk}}))
@@ -101,10 +134,6 @@ def _alternatives(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
             parallel=replace(p, **changed.get("parallel", {})),
             training=replace(t, **changed.get("training", {})),
         )
-        try:
-            check(other, gpus)
-        except ConfigError:
-            continue
         yield f"--{what}", other
 
 
@@ -135,11 +164,17 @@ def describe(plan: Plan) -> str:
             f"warning           context ({plan.context:,}) > reach ({plan.reach:,}): tokens farther back "
             "cost memory and time and change nothing; see pi-dist reach"
         )
-    if not plan.fits:
+    if m.host:
         lines.append(
-            "does not fit      one of these would:"
-            if plan.changes
-            else "does not fit      more GPUs are needed"
+            f"host memory       {m.host:,.0f} MiB a GPU of kept rows, whose way there and back is not in the time"
         )
+    if not plan.fits:
+        if plan.changes:
+            said = "one of these would:"
+        elif plan.more_gpus:
+            said = f"{plan.more_gpus:,} GPUs that share a sequence would"
+        else:
+            said = f"nor on {MOST_GPUS:,} GPUs, as it is"
+        lines.append(f"does not fit      {said}")
         lines += [f"  {c.what}: {c.mib:,.0f} MiB, {1e3 * c.seconds:,.0f} ms" for c in plan.changes[:4]]
     return "\n".join(lines)

@@ -70,27 +70,37 @@ class Profile:
 
 @dataclass(frozen=True)
 class Network:
-    """What joins the GPUs of a job. Rates are of one GPU, one way, in bytes/s; latencies of a message, s."""
+    """What joins the GPUs of a job. Rates are one way, in bytes/s; latencies of a message, s.
+
+    Attributes:
+        node_bytes_per_s: of a GPU, within a node.
+        fabric_bytes_per_s: of an adapter, between nodes; each node has `adapters_per_node`.
+    """
 
     gpus_per_node: int = 8
     node_bytes_per_s: float = 296e9
     node_latency_s: float = 40e-6
     fabric_bytes_per_s: float = 40e9
     fabric_latency_s: float = 60e-6
+    adapters_per_node: int = 8
 
-    def of(self, num_ranks: int) -> tuple[float, float]:
-        """(bytes/s, latency) of neighbours among so many ranks: the slowest link sets the pace."""
+    def of(self, num_ranks: int, all_at_once: bool = False) -> tuple[float, float]:
+        """(bytes/s of a rank, latency) among so many ranks: the slowest link sets the pace.
+
+        Of neighbours, as in a ring, one on each side of a node sends through an adapter; all_at_once: all do.
+        """
         if num_ranks <= self.gpus_per_node:
             return self.node_bytes_per_s, self.node_latency_s
-        return self.fabric_bytes_per_s, self.fabric_latency_s
+        share = min(1.0, self.adapters_per_node / self.gpus_per_node) if all_at_once else 1.0
+        return self.fabric_bytes_per_s * share, self.fabric_latency_s
 
 
 NETWORKS = {
     # within a node: K+V of 65,536 tokens of d = 768 took 680 µs on two H200 (NVLink), of 4 to 256 tokens
-    # 27 to 67 µs; between nodes: data sheets, at 80 % of the line, one adapter a GPU (InfiniBand NDR) or one
-    # of 100 Gbit/s for the eight of a node
+    # 27 to 67 µs; between nodes: data sheets, at 80 % of the line, of one adapter a GPU (InfiniBand NDR) or
+    # one of 100 Gbit/s for a node
     "infiniband": Network(),
-    "ethernet": Network(fabric_bytes_per_s=1.25e9, fabric_latency_s=150e-6),
+    "ethernet": Network(fabric_bytes_per_s=10e9, fabric_latency_s=150e-6, adapters_per_node=1),
 }
 
 

@@ -28,10 +28,12 @@ from pi_dist.config import (
     TrainingConfig,
     UserError,
     check,
+    check_model,
 )
 from pi_dist.measure.reach import report
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
+from pi_dist.measure.step_model import kept_rows
 from pi_dist.measure.steps import model_of as preset_with
 
 # Times the memory there is: what is predicted to need more is not measured. With a measured point of the row,
@@ -82,7 +84,7 @@ def parse_budget(text: str, context: int) -> Budget:
         value = -1.0
     if name == "memory" and not number:
         return Budget()
-    if value is None or value <= 0 or name not in ("step_ms", "tokens_per_s"):
+    if value is None or not 0 < value < math.inf or name not in ("step_ms", "tokens_per_s"):
         raise ConfigError(f"budget: {text!r} in memory, step_ms=NUMBER, tokens_per_s=NUMBER does not hold")
     return Budget(value if name == "step_ms" else 1e3 * context / value)
 
@@ -176,7 +178,7 @@ def fewest(
 ) -> dict[str, Any]:
     """A row: the fewest GPUs of one method for one context, or in words why there is no such number.
 
-    Only numbers of GPUs are tried up to the one with the least predicted time: beyond it, more do not help.
+    Numbers of GPUs beyond the one with the least predicted time are tried for the sake of memory alone.
 
     Raises:
         OutOfTime: no time is left to measure a point.
@@ -185,7 +187,7 @@ def fewest(
     row = _identity(preset, method, streamed, context, budget, terms, lab) | _reach(
         preset, method, context, terms
     )
-    jobs, refused = _jobs(preset, method, streamed, context, terms)
+    jobs, refused = _jobs(preset, method, streamed, context, terms, lab)
     if not jobs:
         return row | {"gpus": None, "note": next(iter(refused.values()))}
     guesses = [lab.predict(config, num_gpus) for num_gpus, config in jobs]
@@ -201,7 +203,11 @@ def fewest(
             points[index] = guesses[index] if hopeless else bench.point(config, num_gpus, what)
         return points[index].fits and budget.allows(points[index].seconds)
 
-    found = first_true(max([fastest, *good[:1]]) + 1, enough, min([fastest, *good[:1]]))
+    most = max([fastest, *good[:1]])
+    found = first_true(most + 1, enough, min([fastest, *good[:1]]))
+    while found is None and most + 1 < len(jobs) and not points[most].fits:
+        most += 1
+        found = most if enough(most) else None
     row["checks"] = [_plain(asdict(points[i])) for i in sorted(points)]
     if found is not None:
         point = points[found]
@@ -222,14 +228,17 @@ def _is_hopeless(guess: Point, known: Iterable[Point], lab: Lab) -> bool:
 
 
 def _jobs(
-    preset: str, method: Method, streamed: bool, context: int, terms: Terms
+    preset: str, method: Method, streamed: bool, context: int, terms: Terms, lab: Lab
 ) -> tuple[list[tuple[int, Config]], dict[int, str]]:
     """(jobs on the divisors of the context, by number of GPUs; why the others are none)."""
     jobs: list[tuple[int, Config]] = []
     refused: dict[int, str] = {}
     for num_gpus in divisors(context, terms.max_gpus):
         try:
-            jobs.append((num_gpus, config_of(preset, method, streamed, context, num_gpus, terms)))
+            config = config_of(preset, method, streamed, context, num_gpus, terms)
+            if streamed:
+                kept_rows(config, lab.profile)  # as the run would refuse it
+            jobs.append((num_gpus, config))
         except ConfigError as reason:
             refused[num_gpus] = str(reason)
     return jobs, refused
@@ -255,7 +264,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("seconds", "predicted_seconds"):
         seconds = out.pop(name)
         out[name.replace("seconds", "ms")] = None if seconds is None else round(1e3 * seconds, 2)
-    for name in ("peak_mib", "predicted_mib"):
+    for name in ("peak_mib", "predicted_mib", "host_mib"):
         out[name] = None if out[name] is None else round(out[name], 1)
     return out
 
@@ -341,7 +350,7 @@ def sweep(
                 raise ConfigError(f"context: context ({context}) >= 2 does not hold")
             limit = parse_budget(budget, context)
             for method, streamed in variants(methods):
-                model_of(preset, method, terms)
+                check_model(model_of(preset, method, terms))
                 wanted.append((preset, method, streamed, context, limit))
     rows = record["rows"]
 
@@ -357,13 +366,21 @@ def sweep(
     with Bench(lab, record.setdefault("points", []), save, say, until) as bench:
         for what in tqdm(wanted, desc="cells", disable=None):
             own = _identity(*what, terms, lab)
-            if not any(all(row[key] == value for key, value in own.items()) for row in rows):
-                try:
-                    rows.append(fewest(*what, terms, bench))
-                except OutOfTime:
-                    return False
-                save()
+            same = [row for row in rows if all(row[key] == value for key, value in own.items())]
+            if any(not _has_problem(row) for row in same):
+                continue
+            try:
+                found = fewest(*what, terms, bench)
+            except OutOfTime:
+                return False
+            rows[:] = [row for row in rows if row not in same] + [found]
+            save()
     return True
+
+
+def _has_problem(row: dict[str, Any]) -> bool:
+    """Whether something should have been measured for it, and could not be: it is tried again."""
+    return any(point["problem"] for point in row.get("checks", ()))
 
 
 def settings(lab: Lab) -> dict[str, Any]:

@@ -24,7 +24,11 @@ _PATIENT = 3.0  # times the patience with a step: that with memory alone
 
 @dataclass(frozen=True)
 class Point:
-    """One method on so many GPUs: what a rank needs, and the step's time, each with its source."""
+    """One method on so many GPUs: what a rank needs, and the step's time, each with its source.
+
+    host_mib: predicted, of rows that chunks keep in host memory. problem: why what should have been measured
+    was not.
+    """
 
     num_gpus: int
     peak_mib: float | None
@@ -34,6 +38,8 @@ class Point:
     time_source: str
     predicted_mib: float
     predicted_seconds: float
+    host_mib: float = 0.0
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,11 @@ class Lab:
     timed_steps: int = 3
 
     def predict(self, config: Config, num_gpus: int) -> Point:
-        mib = memory(config, num_gpus, self.profile).total
+        need = memory(config, num_gpus, self.profile)
+        mib = need.total
         seconds = step_time(config, num_gpus, self.profile, self.network).total
         fits = mib <= self.profile.usable_mib
-        return Point(num_gpus, mib, seconds, fits, PREDICTED, PREDICTED, mib, seconds)
+        return Point(num_gpus, mib, seconds, fits, PREDICTED, PREDICTED, mib, seconds, need.host)
 
     def request(self, config: Config, num_gpus: int) -> tuple[Request | None, float]:
         """(what to measure, None: nothing; seconds that it will take).
@@ -132,8 +139,7 @@ class Bench:
         if row["status"] == OUT_OF_MEMORY:
             return replace(guess, peak_mib=None, seconds=None, fits=False, memory_source=MEASURED)
         if row["status"] != "ok":
-            source = f"{PREDICTED}; measuring failed: {row['status']}"
-            return replace(guess, memory_source=source, time_source=source)
+            return replace(guess, problem=row["status"])
         fits = row["peak_mib"] <= lab.profile.usable_mib
         guess = replace(guess, peak_mib=row["peak_mib"], fits=fits, memory_source=MEASURED)
         if row["ms"] is None:

@@ -35,7 +35,10 @@ def _cell(row: dict[str, Any]) -> str:
 
 def _memory(point: dict[str, Any]) -> str:
     need = "out of memory" if point["peak_mib"] is None else f"{point['peak_mib'] / 1024:,.1f} GiB"
-    return f"{need} {_letter(point['memory_source'])}"
+    host, problem = point.get("host_mib"), point.get("problem")
+    beside = f" and {host / 1024:,.1f} GiB of host memory" if host else ""
+    failed = f" (measuring failed: {problem})" if problem else ""
+    return f"{need} {_letter(point['memory_source'])}{beside}{failed}"
 
 
 def _time(point: dict[str, Any]) -> str:
@@ -81,6 +84,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"m {_EXPLANATION[MEASURED]}; c {_EXPLANATION[COMPOSED]}; p {_EXPLANATION['predicted']}. "
         "Where memory is measured and the time is not, each call of exact attention runs once, on at most "
         f"{PROBE_TOKENS:,} tokens, and then only allocates what it did, in proportion to its tokens. "
+        "What chunks keep in host memory is predicted, and its way there and back is not in the time. "
         "Reach is how far back the last token sees: a method that sees less is not the same goods.",
     ]
     for terms, of_terms in _by(rows, *_TERMS).items():
@@ -94,7 +98,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 _TERMS = (
     *("zero_stage", "window", "stride", "num_skips", "schedule", "chunk_tokens", "max_gpus", "gpus_per_node"),
-    *("fabric_bytes_per_s", "fabric_latency_s", "activation_offload", "mlp_tile_tokens"),
+    *("fabric_bytes_per_s", "fabric_latency_s", "adapters_per_node", "activation_offload", "mlp_tile_tokens"),
 )
 
 
@@ -104,10 +108,12 @@ def _terms(t: dict[str, Any]) -> str:
     tile = t["mlp_tile_tokens"]
     return (
         f"ZeRO {t['zero_stage']}; {offload}; "
-        f"the MLP {'at once' if tile is None else f'in tiles of {tile:,}'}; pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
+        f"the MLP {'at once' if tile is None else f'in tiles of {tile:,}'}; "
+        f"pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
         f"{t['schedule']} strides; streamed: chunks of {t['chunk_tokens']:,} tokens a GPU; GPUs: divisors of "
         f"the context up to {t['max_gpus']:,}, {t['gpus_per_node']} a node, between nodes "
-        f"{t['fabric_bytes_per_s'] / 1e9:g} GB/s for each and {1e6 * t['fabric_latency_s']:g} µs."
+        f"{t['adapters_per_node']} times {t['fabric_bytes_per_s'] / 1e9:g} GB/s and "
+        f"{1e6 * t['fabric_latency_s']:g} µs."
     )
 
 

@@ -14,7 +14,8 @@ from pi_dist.measure.profile import Network, Profile
 from pi_dist.model.flops import matmul_parameters
 from pi_dist.model.loss import KERNEL_ELEMENTS, tile_rows
 from pi_dist.ops.pattern import layer_patterns
-from pi_dist.training.kept_memory import step_bytes
+from pi_dist.training import kept_memory
+from pi_dist.training.kept_memory import KeptPlan, plan_kept_rows
 
 MIB = 2**20
 _BUCKET = 500_000_000  # elements of DeepSpeed's default reduce bucket
@@ -50,6 +51,8 @@ class Memory:
     """Inputs of blocks, rows kept of other chunks, tokens."""
     working: float
     """The block that is recomputed, or the loss, whichever is larger."""
+    host: float = 0.0
+    """Rows kept in host memory, beside the total."""
 
     @property
     def total(self) -> float:
@@ -127,6 +130,9 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
 
     At most: in the loss, or in the backward pass of the last block, when no gradient of another is there yet,
     or of the first, when all are.
+
+    Raises:
+        ConfigError: in chunks, see `kept_rows`.
     """
     m, t, p = config.model, config.training, config.parallel
     chunks = num_chunks(t)
@@ -135,15 +141,12 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
     row = m.hidden_size * BYTES[t.precision]  # one token's hidden state
     recomputed = t.activation_checkpointing is True
     kept = here * (16 + 4 * m.head_dim)  # tokens and labels, rotary positions
+    host = 0.0
     if chunks > 1:
-        kv = 2 * m.kv_heads * m.head_dim * BYTES[t.precision]
-        reach = (min(pattern.reach(), here) for pattern in layer_patterns(m, t.context))
-        rows = t.micro_batch_size * (chunks - 1) * sum(reach) * kv
-        beside = step_bytes(config)
-        if t.kept_rows == "host" or (t.kept_rows == "auto" and rows + beside > profile.usable_mib * MIB):
-            # rows of two chunks stay
-            rows *= min(1.0, 2 / (chunks - 1))
-        kept += rows
+        rows = kept_rows(config, profile)
+        size = rows.size
+        kept += size.near + size.near_gradients if rows.host else size.rows + size.gradients
+        host = size.rows + (0 if rows.spread else size.gradients) if rows.host else 0.0
     tiled = t.mlp_tile_tokens is not None
     # of blocks, and of their second halves, where these are in tiles
     inputs = here * row * max(1, m.num_layers * (recomputed + tiled))
@@ -173,7 +176,18 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
         (full, inputs / m.num_layers if recomputed else inputs, block + gradients),
     )
     states, inputs, working = max(moments, key=sum)
-    return Memory(states / MIB, (kept + inputs) / MIB, working / MIB + profile.fixed_mib)
+    return Memory(states / MIB, (kept + inputs) / MIB, working / MIB + profile.fixed_mib, host / MIB)
+
+
+def kept_rows(config: Config, profile: Profile) -> KeptPlan:
+    """Where a run in chunks will keep its rows, on a machine whose host memory is large enough.
+
+    Raises:
+        ConfigError: the GPU has no room for those that chunks look at.
+    """
+    sp_degree = config.parallel.sp_degree
+    device = kept_memory.Memory(device=round(profile.memory_mib * MIB), host=None)
+    return plan_kept_rows(config, device, sorted({0, sp_degree // 2, sp_degree - 1}))
 
 
 def forward_passes(config: Config) -> float:
@@ -277,7 +291,6 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
     before; Ulysses and ZeRO wait.
     """
     m, t, p = config.model, config.training, config.parallel
-    rate, latency = network.of(p.sp_degree)
     forwards = forward_passes(config)
     micro_steps = accumulation_steps(config, world_size)
     total = 0.0
@@ -286,6 +299,7 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
         for layer, method in enumerate(m.methods):  # layers of one pattern send the same
             key = f"{method} {m.strides and m.strides[layer]} {m.schedule == 'doubling' and layer}"
             if key not in by_method:
+                rate, latency = network.of(p.sp_degree, all_at_once=method == "ulysses")
                 sent = exchanged_bytes(config, layer) / t.batch_size * t.micro_batch_size
                 by_method[key] = _layer_wait(config, method, sent, forwards, rate, latency, profile)
             total += by_method[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -61,15 +61,18 @@ class KeptPlan:
         return f"{said}, in host memory but for {near} of the chunks that are looked at{between}"
 
 
-def plan_kept_rows(config: Config, memory: Memory) -> KeptPlan:
+def plan_kept_rows(config: Config, memory: Memory, ranks: Sequence[int] | None = None) -> KeptPlan:
     """Decide by `training.kept_rows`, for a run in chunks.
+
+    Args:
+        ranks: those of a sequence that are looked at; None: all.
 
     Raises:
         ConfigError: the rows fit neither as asked for nor, with auto, in any way.
     """
     where = config.training.kept_rows
     plans = [
-        KeptPlan(host, spread, _whole_size(config, spread))
+        KeptPlan(host, spread, _whole_size(config, spread, ranks))
         for host, spread in ((False, True), (True, True), (True, False))
         if where in ("auto", "host" if host else "device")
     ]
@@ -110,7 +113,7 @@ def _fits(plan: KeptPlan, memory: Memory, beside: int) -> bool:
     return on_device + beside <= memory.device and (memory.host is None or in_host <= memory.host)
 
 
-def _whole_size(config: Config, spread: bool) -> KeptSize:
+def _whole_size(config: Config, spread: bool, ranks: Sequence[int] | None) -> KeptSize:
     """All layers, on the rank that keeps most."""
     m, t, p = config.model, config.training, config.parallel
     dtype = torch.bfloat16 if t.precision == "bf16" else torch.float32
@@ -131,7 +134,7 @@ def _whole_size(config: Config, spread: bool) -> KeptSize:
                 spread=spread,
             )
 
-    sizes = (reduce(add, of_rank(rank)) for rank in range(p.sp_degree))
+    sizes = (reduce(add, of_rank(rank)) for rank in (range(p.sp_degree) if ranks is None else ranks))
     return max(sizes, key=lambda size: size.rows)
 
 
