@@ -28,8 +28,21 @@ from pi_dist.measure.profile import (
     write_profile,
 )
 from pi_dist.measure.record import kept_records
-from pi_dist.measure.savings import Budget, Terms, config_of, errors, fewest, first_true, parse_budget
+from pi_dist.measure.savings import (
+    Budget,
+    Terms,
+    begun,
+    config_of,
+    errors,
+    fewest,
+    first_true,
+    merged,
+    ms_text,
+    parse_budget,
+    sweep,
+)
 from pi_dist.measure.savings_points import Bench, Lab, OutOfTime
+from pi_dist.measure.savings_report import draw, markdown
 from pi_dist.measure.step_model import (
     communication_seconds,
     compute_seconds,
@@ -470,9 +483,169 @@ def test_the_command_writes_record_report_and_figure_and_goes_on(tmp_path, capsy
     joined = tmp_path / "joined.json"
     assert run("savings", "--from", str(record), str(record), "--json", str(joined)) == 0
     assert (
-        len(json.loads(joined.read_text())["rows"]) == 48
+        len(json.loads(joined.read_text())["rows"]) == 24
         and "# GPUs that a context needs" in capsys.readouterr().out
     )
+
+
+def swept(path, lab=LAB, budget="memory", contexts=(65536,), methods=("pi", "ring"), preset="small", **more):
+    """The record at a path, with these rows added; the file is there even if the time is up."""
+    record = begun(str(path), lab)
+    terms = Terms(**more.pop("terms", {}))
+    sweep(str(path), [preset], list(contexts), list(methods), budget, terms, lab, record, **more)
+    return record
+
+
+def test_a_record_is_of_one_gpu_in_all_its_constants(tmp_path, capsys):
+    record, mine = tmp_path / "s.json", tmp_path / "mine.json"
+    flags = ["savings", "--context", "65536", "--methods", "pi", "--json"]
+    assert run(*flags, str(record)) == 0
+    before = record.read_text()
+    capsys.readouterr()
+    assert run(*flags, str(record), "--gpu", "A100") == 2
+    error = capsys.readouterr().err
+    assert "profile of the record (H100) == here (A100) does not hold" in error and error.count("\n") == 1
+    write_profile(dataclasses.replace(H100, layer_us=1.0), str(mine))  # of the same name
+    assert run(*flags, str(record), "--gpu", str(mine)) == 2
+    error = capsys.readouterr().err
+    assert "(H100) == here (H100) does not hold: other layer_us" in error and error.count("\n") == 1
+    assert record.read_text() == before and run(*flags, str(record)) == 0
+    other = tmp_path / "a.json"
+    assert run(*flags, str(other), "--gpu", "A100") == 0
+    capsys.readouterr()
+    assert run("savings", "--from", str(record), str(other)) == 2
+    error = capsys.readouterr().err
+    assert f"{other}: profile of the record (A100) == of {record} (H100)" in error and error.count("\n") == 1
+
+
+def test_what_is_measured_and_what_is_not_are_tables_of_their_own(gpu, tmp_path):
+    gpu(1.0, 1.0)
+    swept(tmp_path / "s.json")
+    text = markdown(swept(tmp_path / "s.json", dataclasses.replace(LAB, measures=True)))
+    assert text.count("## small, 65,536 tokens") == 2 == text.count("| fewer than π |")
+    assert "\nPredicted; ZeRO 1" in text and "\nMeasured where this GPU can; ZeRO 1" in text
+
+
+def test_joined_records_have_no_row_twice_and_the_later_stays(tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    rows = swept(one)["rows"] + swept(two, contexts=(131072,))["rows"]
+    assert merged([str(one), str(two), str(one)])["rows"] == rows
+    record = json.loads(one.read_text())
+    record["rows"][0]["ms"] = 12345.0
+    two.write_text(json.dumps(record))
+    assert merged([str(one), str(two)])["rows"][0]["ms"] == 12345.0
+
+
+def test_a_record_that_lacks_rows_is_named_when_it_is_joined(gpu, tmp_path, capsys):
+    gpu(1.0, 1.0)
+    lab = dataclasses.replace(LAB, measures=True)
+    whole, part, joined = (tmp_path / f"{name}.json" for name in ("whole", "part", "joined"))
+    assert swept(whole, lab)["settings"]["complete"] is True
+    assert len(swept(part, lab, contexts=(131072,), minutes=0.0)["rows"]) == 1
+    capsys.readouterr()
+    assert run("savings", "--from", str(whole), str(part), "--json", str(joined)) == 3
+    assert capsys.readouterr().err == f"{part}: not complete, rows are left\n"
+    assert json.loads(joined.read_text())["settings"]["complete"] is False
+    swept(part, lab, contexts=(131072,))
+    capsys.readouterr()
+    assert run("savings", "--from", str(whole), str(part)) == 0 and not capsys.readouterr().err
+
+
+def test_more_patience_or_more_gpus_improve_a_row_and_less_do_not(gpu, tmp_path):
+    asked, path = gpu(1.0, 1.0), tmp_path / "s.json"
+
+    def sources(patience_s, real_ranks=1):
+        lab = dataclasses.replace(LAB, measures=True, patience_s=patience_s, real_ranks=real_ranks)
+        rows = swept(path, lab, "step_ms=200", (131072,), ["pi"], terms={"chunk_tokens": 131072})["rows"]
+        assert len(rows) == 2 and rows[0]["gpus"] == 2
+        return rows[0]["time_source"]
+
+    assert [sources(0.01), sources(60.0), sources(0.01)] == ["predicted", "composed", "composed"]
+    assert sources(60.0, real_ranks=2) == "measured"
+    count = len(asked.asked)
+    assert sources(60.0) == sources(0.01, real_ranks=4) == "measured" and len(asked.asked) == count
+
+
+@pytest.mark.parametrize(
+    ("ms", "budget_ms", "said"),
+    [
+        *((200.004, 200.0, "200.004"), (250.0, 200.0, "250"), (199.996, 200.0, "200"), (0.41, 0.4, "0.41")),
+        *((0.3, None, "0.3"), (1234.6, None, "1,235"), (65.53, 65.536, "65.5"), (1e-12, 1.0, "0.000000000")),
+    ],
+)
+def test_a_time_is_beyond_a_budget_as_printed_too(ms, budget_ms, said):
+    assert ms_text(ms, budget_ms) == said
+
+
+def test_budgets_are_printed_as_they_are(tmp_path):
+    ms = fewest("small", "pi", False, 65536, Budget(), Terms(), BENCH)["ms"]
+    text = markdown(swept(tmp_path / "s.json", budget=f"step_ms={ms - 0.003:.4f}", methods=["pi"]))
+    limit = re.search(r"within ([\d.]+) ms a step", text)[1]
+    assert limit == f"{ms - 0.003:.4f}".rstrip("0")
+    assert float(re.search(r"on 1: ([\d.]+) ms", text)[1]) > float(limit)
+    record = swept(tmp_path / "t.json", budget="step_ms=0.3", methods=["ring"])
+    assert re.search(r"not on \d+ GPUs: [\d,]+ ms a step > 0.3 \(predicted\)", markdown(record))
+    assert "within 0.3 ms a step" in markdown(record) and "— says" in markdown(record)
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws a record; what is in the figure."""
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    from pi_dist.measure import figures
+
+    def draw_it(record):
+        found, save = [], figures.save
+
+        def look(figure, path):
+            save(figure, path)
+            page, legend = figure.bbox, figure.legends[0].get_texts()
+            texts = [*figure.texts, *legend, *(axes.title for axes in figure.axes)]
+            corners = [(text, xy) for text in texts for xy in text.get_window_extent().corners()]
+            outside = [text.get_text() for text, xy in corners if not page.contains(*xy)]
+            legend = [text.get_text() for text in legend]
+            found.append(SimpleNamespace(axes=figure.axes, legend=legend, outside=outside))
+
+        monkeypatch.setattr(figures, "save", look)
+        draw(record, tmp_path / "s.png")
+        monkeypatch.setattr(figures, "save", save)
+        return found[0]
+
+    return draw_it
+
+
+def curves_of(axes):
+    """[(contexts, GPUs)] of the strong lines, in order."""
+    lines = [line for line in axes.lines if line.get_linestyle() != "None" and line.get_alpha() is None]
+    return [[list(data) for data in line.get_data()] for line in lines]
+
+
+def test_a_curve_of_the_figure_is_one_budget_and_one_pattern(drawn, tmp_path):
+    path = tmp_path / "s.json"
+    for budget in ("memory", "step_ms=100", "step_ms=200", "tokens_per_s=500000"):
+        record = swept(path, contexts=(65536, 131072), budget=budget, methods=["window"])
+    figure = drawn(record)
+    assert [x for x, _ in curves_of(figure.axes[0])] == [[65536, 131072]] * 4
+    assert figure.legend[1:5] == [
+        *("within memory", "within 100 ms a step", "within 200 ms a step", "500,000 tokens/s")
+    ]
+    assert not figure.outside
+    record = swept(tmp_path / "t.json", methods=["window"])
+    record = swept(tmp_path / "t.json", methods=["window"], terms={"window": 8})
+    assert drawn(record).legend[1:3] == ["within memory, window 4", "within memory, window 8"]
+
+
+def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn, tmp_path):
+    path = tmp_path / "s.json"
+    swept(path, methods=["dense"], contexts=(65536, 2**22))
+    figure = drawn(swept(path, methods=["pi", "ring"], preset="large"))
+    assert figure.legend[:4] == ["dense", "π", "π, streamed", "ring"]
+    assert figure.legend[-2:] == ["memory predicted", "none: see the report"]
+    crosses = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert crosses == [2**22]
+    ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert ticks == ["1", "2", "4", "8", "none"]
+    assert figure.axes[0].get_ylim()[0] == 0.8 and not figure.outside
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def parser() -> ArgumentParser:
         description="The fewest GPUs that train a context, for every method: within memory, or within a "
         "time of a step too. What this machine's GPU can measure is measured, if it is the one asked for; "
         "the rest is predicted, and each figure says which. A record is resumed, without measuring a point "
-        "again; exit status 3: rows are left. --from joins several.",
+        "again; it is of one GPU. Exit status 3: rows are left. --from joins several.",
         exit_on_error=False,
     )
     p.add_argument("--preset", type=str, default="small", help="small, medium, large, with commas")
@@ -76,14 +76,15 @@ def run(arguments: Namespace) -> int:
     import sys
     from pathlib import Path
 
-    from pi_dist.measure.record import resume, write
-    from pi_dist.measure.savings import Terms, merged, settings, sweep
+    from pi_dist.measure.record import write
+    from pi_dist.measure.savings import Terms, begun, merged, sweep
     from pi_dist.measure.savings_report import draw, markdown
 
     a = arguments
     path, complete = None if a.json == "-" else a.json, True
     if a["from"]:
         record = merged(a["from"])
+        complete = record["settings"]["complete"]
         if path is not None:
             write(record, path)
     else:
@@ -102,12 +103,12 @@ def run(arguments: Namespace) -> int:
             max_gpus=a.max_gpus,
         )
         lab = _lab(a)
-        record = resume(path, settings(lab))
+        record = begun(path, lab)
         what = a.preset.split(","), sizes("context", a.context), a.methods.split(",")
         minutes = math.inf if a.minutes is None else a.minutes
         complete = sweep(path, *what, a.budget, terms, lab, record, minutes)
-    if not complete:
-        print(f"{len(record['rows'])} rows; run it again to go on", file=sys.stderr)
+        if not complete:
+            print(f"{len(record['rows'])} rows; run it again to go on", file=sys.stderr)
     if not record["rows"]:
         return UNFINISHED_RECORD
     text = markdown(record)

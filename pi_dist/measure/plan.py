@@ -166,7 +166,7 @@ def describe(plan: Plan) -> str:
         )
     if m.host:
         lines.append(
-            f"host memory       {m.host:,.0f} MiB a GPU of kept rows, whose way there and back is not in the time"
+            f"host memory       {m.host:,.0f} MiB a GPU, of kept rows; the time is without moving them"
         )
     if not plan.fits:
         if plan.changes:

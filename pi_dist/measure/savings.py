@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from pi_dist.config import (
     check,
     check_model,
 )
+from pi_dist.measure.profile import Network
 from pi_dist.measure.reach import report
+from pi_dist.measure.record import resume, write
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
 from pi_dist.measure.step_model import kept_rows
@@ -252,10 +254,27 @@ def _too_little(last: Point, budget: Budget, refused: dict[int, str]) -> str:
         text = f"not on {gpus}: {need} on each ({last.memory_source})"
     else:
         text = (
-            f"not on {gpus}: {1e3 * last.seconds:,.0f} ms a step > {budget.step_ms:,.0f} ({last.time_source})"
+            f"not on {gpus}: {ms_text(1e3 * last.seconds, budget.step_ms)} ms a step "
+            f"> {budget_text(budget.step_ms)} ({last.time_source})"
         )
     more = next((reason for num_gpus, reason in refused.items() if num_gpus > last.num_gpus), None)
     return text + (f"; with more: {more}" if more else "; more do not help" if last.fits else "")
+
+
+def ms_text(ms: float, budget_ms: float | None = None) -> str:
+    """Digits enough that it is not 0, and within the budget or beyond it as printed too."""
+    limit = math.inf if budget_ms is None else float(budget_text(budget_ms).replace(",", ""))
+    texts = [f"{ms:,.{digits}f}" for digits in range(10)]
+    for text in texts:
+        said = float(text.replace(",", ""))
+        if said > 0 and (said <= limit) == (ms <= limit):
+            return text
+    return texts[-1]
+
+
+def budget_text(budget_ms: float) -> str:
+    """With all its digits, nine at most."""
+    return f"{budget_ms:,.9g}"
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +282,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     out = dict(values)
     for name in ("seconds", "predicted_seconds"):
         seconds = out.pop(name)
-        out[name.replace("seconds", "ms")] = None if seconds is None else round(1e3 * seconds, 2)
+        out[name.replace("seconds", "ms")] = None if seconds is None else round(1e3 * seconds, 6)
     for name in ("peak_mib", "predicted_mib", "host_mib"):
         out[name] = None if out[name] is None else round(out[name], 1)
     return out
@@ -277,12 +296,18 @@ def _identity(
         "context": context,
         "method": method,
         "streamed": streamed,
-        "budget_ms": None if budget.step_ms is None else round(budget.step_ms, 3),
+        "budget_ms": None if budget.step_ms is None else float(f"{budget.step_ms:.9g}"),
         "gpu": lab.profile.name,
         "measures": lab.measures,
         **asdict(lab.network),
         **{key: value for key, value in asdict(terms).items() if key not in ("device", "precision")},
     }
+
+
+_IDENTITY = (
+    *("preset", "context", "method", "streamed", "budget_ms", "gpu", "measures"),
+    *(field.name for kind in (Network, Terms) for field in fields(kind)),
+)
 
 
 @lru_cache(maxsize=256)
@@ -341,8 +366,6 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from pi_dist.measure.record import write
-
     wanted = []
     for preset in presets:
         for context in contexts:
@@ -362,48 +385,104 @@ def sweep(
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
+    found_with = {
+        "budget": budget.partition("=")[0],
+        "patience_s": lab.patience_s,
+        "real_ranks": lab.real_ranks,
+    }
+    record["settings"]["complete"] = False
     until = time.monotonic() + 60 * minutes
     with Bench(lab, record.setdefault("points", []), save, say, until) as bench:
         for what in tqdm(wanted, desc="cells", disable=None):
             own = _identity(*what, terms, lab)
-            same = [row for row in rows if all(row[key] == value for key, value in own.items())]
-            if any(not _has_problem(row) for row in same):
-                continue
-            try:
-                found = fewest(*what, terms, bench)
-            except OutOfTime:
-                return False
-            rows[:] = [row for row in rows if row not in same] + [found]
-            save()
+            same = (i for i, row in enumerate(rows) if all(row[key] == own[key] for key in own))
+            at = next(same, len(rows))
+            if at == len(rows) or _has_problem(rows[at]) or _can_do_better(lab, rows[at]):
+                try:
+                    rows[at : at + 1] = [fewest(*what, terms, bench) | found_with]
+                except OutOfTime:
+                    return False
+                save()
+    record["settings"]["complete"] = True
+    save()
     return True
 
 
 def _has_problem(row: dict[str, Any]) -> bool:
     """Whether something should have been measured for it, and could not be: it is tried again."""
-    return any(point["problem"] for point in row.get("checks", ()))
+    return any(point.get("problem") for point in row.get("checks", ()))
 
 
-def settings(lab: Lab) -> dict[str, Any]:
-    """What a record says of the GPU and of how its figures were found."""
-    known = asdict(lab.profile)
-    return {"profile": {key: known[key] for key in ("name", "memory_mib", "overhead_mib", "sources")}} | {
-        "patience_s": lab.patience_s,
-        "data": "random tokens",
-    }
+def _can_do_better(lab: Lab, row: dict[str, Any]) -> bool:
+    """Whether it measures with more patience or on more GPUs than the row was found with, and no less."""
+    has = {"patience_s": lab.patience_s, "real_ranks": lab.real_ranks}
+    had = {key: row.get(key, value) for key, value in has.items()}
+    return lab.measures and had != has and all(has[key] >= had[key] for key in has)
+
+
+def begun(path: str | None, lab: Lab) -> dict[str, Any]:
+    """The record at `path`, to go on with, or a fresh one.
+
+    Raises:
+        UserError: it is one of another GPU profile, another device or other versions, or none of savings.
+    """
+    profile = json.loads(json.dumps(asdict(lab.profile)))
+    settings = {"profile": profile, "data": "random tokens", "complete": False}
+    record = resume(path, settings)
+    _check_profile(f"{path}", _profile(f"{path}", record), "here", profile)
+    return record
+
+
+def _profile(path: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The GPU that a record is of, in numbers.
+
+    Raises:
+        UserError: it is no record of savings.
+    """
+    try:
+        [row["gpus"] for row in record["rows"]]
+        profile = record["settings"]["profile"]
+        return {"name": profile["name"], **profile}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a record of `pi-dist savings`") from error
+
+
+def _check_profile(path: str, mine: dict[str, Any], where: str, other: dict[str, Any]) -> None:
+    """A record is of one GPU, the same in all its constants, for its rows are compared.
+
+    Raises:
+        UserError: they are two.
+    """
+    if mine != other:
+        names = mine["name"], other["name"]
+        differ = [key for key in other | mine if mine.get(key) != other.get(key)]
+        raise UserError(
+            f"{path}: profile of the record ({names[0]}) == {where} ({names[1]}) does not hold"
+            + (f": other {', '.join(differ)}" if names[0] == names[1] else "")
+        )
 
 
 def merged(paths: Sequence[str]) -> dict[str, Any]:
     """One record of the rows of several, as the tasks of a SLURM array leave them.
 
+    Of equal rows the last stays. Says on standard error which records are not complete.
+
     Raises:
-        UserError: a file is no record of savings.
+        UserError: a file is no record of savings, or one of another GPU profile than the first.
     """
     records = []
     for path in paths:
         try:
             records.append(json.loads(Path(path).read_text("utf-8")))
-            [row["gpus"] for row in records[-1]["rows"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: not a record of `pi-dist savings`") from error
-    joined = {key: [x for record in records for x in record.get(key, ())] for key in ("rows", "points")}
-    return records[0] | joined
+        profiles = [_profile(path, record) for record in (records[-1], records[0])]
+        _check_profile(path, profiles[0], f"of {paths[0]}", profiles[1])
+    complete = [record["settings"].get("complete", True) for record in records]
+    for path, whole in zip(paths, complete, strict=True):
+        if not whole:
+            print(f"{path}: not complete, rows are left", file=sys.stderr)
+    rows = {tuple(row.get(key) for key in _IDENTITY): row for record in records for row in record["rows"]}
+    points = {point["job"]: point for record in records for point in record.get("points", ())}
+    joined = {"rows": [*rows.values()], "points": [*points.values()]}
+    return records[0] | {"settings": records[0]["settings"] | {"complete": all(complete)}} | joined

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from pi_dist.measure.savings import errors
+from pi_dist.measure.savings import budget_text, errors, ms_text
 from pi_dist.measure.savings_points import COMPOSED, MEASURED
 from pi_dist.measure.stand_ins import PROBE_TOKENS
 from pi_dist.measure.tables import table
@@ -25,11 +28,11 @@ def label(row: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if row["gpus"] is None:
         return row["note"]
-    said = f"{_memory(row)}, {_time(row)}"
+    said = f"{_memory(row)}, {_time(row, row)}"
     fewer = [check for check in row.get("checks", ()) if check["num_gpus"] < row["gpus"]]
     if fewer:  # why they are not enough
         most = max(fewer, key=lambda check: check["num_gpus"])
-        said += f"; on {most['num_gpus']}: {_time(most) if most['fits'] else _memory(most)}"
+        said += f"; on {most['num_gpus']}: {_time(most, row) if most['fits'] else _memory(most)}"
     return f"**{row['gpus']}** ({said})"
 
 
@@ -41,8 +44,8 @@ def _memory(point: dict[str, Any]) -> str:
     return f"{need} {_letter(point['memory_source'])}{beside}{failed}"
 
 
-def _time(point: dict[str, Any]) -> str:
-    return f"{point['ms']:,.0f} ms {_letter(point['time_source'])}"
+def _time(point: dict[str, Any], row: dict[str, Any]) -> str:
+    return f"{ms_text(point['ms'], row['budget_ms'])} ms {_letter(point['time_source'])}"
 
 
 def _letter(source: str) -> str:
@@ -66,7 +69,9 @@ def saving(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _budget(row: dict[str, Any]) -> str:
-    return "within memory" if row["budget_ms"] is None else f"within {row['budget_ms']:,.0f} ms a step"
+    return (
+        "within memory" if row["budget_ms"] is None else f"within {budget_text(row['budget_ms'])} ms a step"
+    )
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -85,7 +90,9 @@ def markdown(record: dict[str, Any]) -> str:
         "Where memory is measured and the time is not, each call of exact attention runs once, on at most "
         f"{PROBE_TOKENS:,} tokens, and then only allocates what it did, in proportion to its tokens. "
         "What chunks keep in host memory is predicted, and its way there and back is not in the time. "
-        "Reach is how far back the last token sees: a method that sees less is not the same goods.",
+        "Reach is how far back the last token sees: a method that sees less is not the same goods. "
+        "Among what is fewer, — says that for this method or the other there is no number of GPUs; its cell "
+        "says why.",
     ]
     for terms, of_terms in _by(rows, *_TERMS).items():
         lines += ["", _terms(dict(zip(_TERMS, terms, strict=True)))]
@@ -99,6 +106,7 @@ def markdown(record: dict[str, Any]) -> str:
 _TERMS = (
     *("zero_stage", "window", "stride", "num_skips", "schedule", "chunk_tokens", "max_gpus", "gpus_per_node"),
     *("fabric_bytes_per_s", "fabric_latency_s", "adapters_per_node", "activation_offload", "mlp_tile_tokens"),
+    "measures",
 )
 
 
@@ -107,6 +115,7 @@ def _terms(t: dict[str, Any]) -> str:
     offload = "inputs of blocks in host memory, but streamed" if t["activation_offload"] else "no offload"
     tile = t["mlp_tile_tokens"]
     return (
+        f"{'Measured where this GPU can' if t['measures'] else 'Predicted'}; "
         f"ZeRO {t['zero_stage']}; {offload}; "
         f"the MLP {'at once' if tile is None else f'in tiles of {tile:,}'}; "
         f"pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
@@ -158,50 +167,95 @@ def _error_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(record: dict[str, Any], path: str | os.PathLike) -> None:
-    """GPUs against context, a panel for each preset, a curve for each method; where none fits, none is drawn.
+    """GPUs against context, a panel for each preset, a curve for each method, budget and terms.
 
-    Filled points have measured memory.
+    A colour is a method, a line style a budget with its terms. Filled points have measured memory; where no
+    number of GPUs is enough, a cross stands at the top.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     from pi_dist.measure.figures import STYLE, save
 
-    panels = list(_by(record["rows"], "preset").items())
-    colours = plt.get_cmap("tab10").colors
-    names = list(dict.fromkeys(label(row) for row in record["rows"]))
+    rows = [row | {"label": label(row), "under": under} for row, under in _under(record["rows"])]
+    panels = list(_by(rows, "preset").items())
+    curves = list(_by(rows, "label", "under"))
+    colours = dict(
+        zip(dict.fromkeys(row["label"] for row in rows), plt.get_cmap("tab10").colors, strict=False)
+    )
+    styles = dict(zip(dict.fromkeys(row["under"] for row in rows), itertools.cycle(_STYLES), strict=False))
+    most = max([8, *(row["gpus"] for row in rows if row["gpus"])])
+    nowhere = 2 ** (math.ceil(math.log2(most)) + 1)  # the height of crosses
+    none_fits = any(not row["gpus"] for row in rows)
+    apart = min(1.05, 1.3 ** (1 / len(curves)))  # equal curves lie side by side
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             1,
             len(panels),
-            figsize=(4.2 * len(panels) + 1, 3.6),
+            figsize=(4.2 * len(panels) + 2.6, 3.6),
             squeeze=False,
             sharey=True,
             layout="constrained",
         )
         for axes, ((preset,), group) in zip(grid[0], panels, strict=True):
-            named = [row | {"label": label(row), "timed": row["budget_ms"] is not None} for row in group]
-            for (name, timed), points in _by(named, "label", "timed").items():
-                drawn = [row for row in sorted(points, key=lambda row: row["context"]) if row["gpus"]]
-                index = names.index(name)
-                colour, shift = colours[index], 1.04**index  # equal curves lie side by side
-                style = "--" if timed else "-"
-                at = [(row["context"], row["gpus"] * shift) for row in drawn]
-                axes.plot(*zip(*at, strict=True) if at else ([], []), style, color=colour, label=name)
-                for row, (x, y) in zip(drawn, at, strict=True):
-                    inside = colour if row["memory_source"] == MEASURED else "white"
-                    axes.plot(x, y, "o", color=colour, markerfacecolor=inside, markersize=5)
+            for (name, under), points in _by(group, "label", "under").items():
+                shift = apart ** (curves.index((name, under)) - (len(curves) - 1) / 2)
+                colour, points = colours[name], sorted(points, key=lambda row: row["context"])
+                at = [(row["context"], (row["gpus"] or nowhere) * shift) for row in points]
+                enough = [y if row["gpus"] else math.nan for (_, y), row in zip(at, points, strict=True)]
+                line = {"linestyle": styles[under], "color": colour}
+                axes.plot(*zip(*at, strict=True), **line, linewidth=0.8, alpha=0.3)
+                axes.plot([x for x, _ in at], enough, **line)
+                for xy, row in zip(at, points, strict=True):
+                    inside = colour if row["gpus"] and row["memory_source"] == MEASURED else "white"
+                    marker = "o" if row["gpus"] else "x"
+                    axes.plot(*xy, marker, color=colour, markerfacecolor=inside, markersize=5)
             axes.set(xlabel="context, tokens", title=preset)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        grid[0][0].set_ylabel(f"fewest {record['rows'][0]['gpu']} GPUs")
-        handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
-        grid[0][-1].legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
-        figure.suptitle(
-            "filled: memory measured; open: predicted; dashed: within a time too; equal curves side by side"
-        )
+        ticks = {2**i: f"{2**i:,}" for i in range(nowhere.bit_length())}
+        if none_fits:
+            ticks[nowhere] = "none"
+        grid[0][0].set_yticks(list(ticks), list(ticks.values()))
+        grid[0][0].set_ylim(0.8, nowhere * 1.3 if none_fits else nowhere)
+        grid[0][0].set_ylabel(f"fewest {rows[0]['gpu']} GPUs")
+        signs = [Line2D([], [], label=name, **look) for name, look in _signs(rows, colours, styles)]
+        figure.legend(handles=signs, loc="outside right upper", fontsize=8, frameon=False)
         save(figure, path)
         plt.close(figure)
+
+
+def _signs(
+    rows: list[dict[str, Any]], colours: dict[str, Any], styles: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is drawn: (its name, its look)."""
+    yield from ((name, {"color": colour}) for name, colour in colours.items())
+    yield from ((name, {"color": "grey", "linestyle": style}) for name, style in styles.items())
+    point = {"color": "grey", "marker": "o", "linestyle": ""}
+    measured = {row["memory_source"] == MEASURED for row in rows if row["gpus"]}
+    if True in measured:
+        yield "memory measured", point
+    if False in measured:
+        yield "memory predicted", point | {"markerfacecolor": "white"}
+    if not all(row["gpus"] for row in rows):
+        yield "none: see the report", point | {"marker": "x"}
+
+
+_STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)), (0, (3, 1, 1, 3)))
+
+
+def _under(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row, and its budget with those terms in which rows of the record differ, in words."""
+    differ = [key for key in _TERMS if len({row[key] for row in rows}) > 1]
+    for row in rows:
+        limit = _budget(row)
+        if row.get("budget") == "tokens_per_s":  # one budget, though another time for each context
+            limit = f"{1e3 * row['context'] / row['budget_ms']:,.6g} tokens/s"
+        yield row, ", ".join([limit, *(f"{key} {_plain(row[key])}" for key in differ)])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
