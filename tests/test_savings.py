@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pi_dist.cli import main
 from pi_dist.config import PRESETS, Config, ConfigError, ParallelConfig, TrainingConfig, UserError
 from pi_dist.measure import calibrate, kernel_bench, savings_points
-from pi_dist.measure.plan import make_plan
+from pi_dist.measure.plan import describe, make_plan
 from pi_dist.measure.profile import (
     NETWORKS,
     Network,
@@ -79,6 +79,46 @@ def test_every_shipped_constant_has_a_source():
         assert {*constants(profile), "attention"} <= set(profile.sources)
         assert min(constants(profile).values()) >= 0 and 0 < profile.matmul_share <= 1
     assert "data sheet" in load_profile("A100").sources["copy_bytes_per_s"]
+
+
+def test_the_a100_is_the_h100_by_the_ratios_of_their_data_sheets():
+    h100, a100 = load_profile("H100"), load_profile("A100")
+    faster = {"copy_bytes_per_s": 2039 / 3352, "matmul_flops_per_s": 312 / 989}
+    faster |= dict.fromkeys(("exact_forward_flops_per_s", "exact_backward_flops_per_s"), 312 / 989)
+    for name, ratio in faster.items():
+        assert getattr(a100, name) == pytest.approx(getattr(h100, name) * ratio, rel=1e-6), name
+    for mine, theirs in zip(a100.attention, h100.attention, strict=True):
+        assert mine.forward_ns * 2039 / 3352 == pytest.approx(theirs.forward_ns, rel=1e-3)
+        assert mine.backward_ns * 2039 / 3352 == pytest.approx(theirs.backward_ns, rel=1e-3)
+
+
+def test_one_flow_of_a_ring_crosses_a_nodes_edge():
+    ethernet = NETWORKS["ethernet"]
+    assert ethernet.of(16)[0] == 8 * ethernet.of(16, all_at_once=True)[0]
+    assert ethernet.of(8) == ethernet.of(8, all_at_once=True) == NETWORKS["infiniband"].of(8)
+    assert NETWORKS["infiniband"].of(16) == NETWORKS["infiniband"].of(16, all_at_once=True)
+
+
+@pytest.mark.parametrize(
+    ("context", "training", "said"),
+    [
+        (2**24, {}, "--training.activation_offload=true"),
+        (2**24, {"cuda_graphs": True}, "--training.cuda_graphs=null"),
+        (2**23, {"activation_checkpointing": "selective"}, "--training.activation_checkpointing=true"),
+    ],
+)
+def test_a_plan_offers_every_setting_that_saves_memory(context, training, said):
+    config = job("ring", context=context, num_gpus=16, preset="medium")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+    changes = [change.what for change in make_plan(config, 16, H100, Network()).changes]
+    assert any(said in what for what in changes), changes
+
+
+def test_a_plan_says_with_how_many_gpus_or_that_none_helps():
+    ring = make_plan(job("ring", context=2**26, num_gpus=8, preset="large"), 8, H100, Network())
+    assert ring.more_gpus and "GPUs that share a sequence would" in describe(ring)
+    dense = make_plan(job("dense", context=2**24, preset="medium"), 1, H100, Network())
+    assert "nor on 4,096 GPUs" in describe(dense)
 
 
 def test_shipped_kernel_times_are_those_of_the_records():
@@ -283,6 +323,41 @@ def test_a_wrong_prediction_is_put_right_by_measuring(gpu):
     assert [e["error"] for e in found] == pytest.approx([1 / 3.5 - 1] * 2, abs=1e-3)
     assert len(lines) == 4
     assert re.match(r"small pi 1,048,576 on 1: out of memory \([\d,]+ predicted\); ", lines[0])
+
+
+def test_memory_is_sought_beyond_the_fastest_number_of_gpus(gpu):
+    """Over Ethernet a ring is fastest on the GPUs of one node; these are not enough, fourteen are."""
+    lab = Lab(H100, dataclasses.replace(NETWORKS["ethernet"], fabric_bytes_per_s=1.25e9), measures=True)
+    gpu(1.08, 1.0)
+    row = fewest("large", "ring", False, 3_670_016, Budget(), Terms(), Bench(lab))
+    tried = {point["num_gpus"]: point["fits"] for point in row["checks"]}
+    assert row["gpus"] == 14 and not tried[8]
+
+
+def test_what_cannot_be_measured_is_said_and_tried_again(gpu, monkeypatch, tmp_path):
+    pretended, path = gpu(1.0, 1.0), tmp_path / "s.json"
+    lab = dataclasses.replace(LAB, measures=True)
+    ask = pretended.ask
+    pretended.ask = lambda request, _: {"status": "the worker has died"}
+    record = begun(str(path), lab)
+    what = ["small"], [131072], ["window"]
+    sweep(str(path), *what, "memory", Terms(), lab, record)
+    assert "(measuring failed: the worker has died)" in markdown(record)
+    pretended.ask = ask
+    sweep(str(path), *what, "memory", Terms(), lab, record)
+    assert [row["memory_source"] for row in record["rows"]] == ["measured"]
+
+
+def test_rows_that_chunks_keep_lie_where_the_run_puts_them():
+    """Covering strides: refused on few GPUs, as the run refuses them; else in host memory, and said."""
+    covering = Terms(window=64, stride=65, num_skips=16, schedule="doubling")
+    row = fewest("medium", "pi", True, 2**22, Budget(), covering, BENCH)
+    assert row["gpus"] == 4
+    row = fewest("medium", "pi", True, 2**22, Budget(), dataclasses.replace(covering, max_gpus=2), BENCH)
+    assert row["gpus"] is None and "training.kept_rows: kept rows (238.3 GiB)" in row["note"]
+    config = config_of("small", "pi", True, 2**24, 1, covering)
+    need = memory(config, 1, H100)
+    assert need.host > 300 * 1024 and need.kept > 30 * 1024
 
 
 def test_time_on_one_gpu_or_on_real_ranks_is_measured_else_composed(gpu):
