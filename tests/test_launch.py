@@ -16,7 +16,8 @@ import yaml
 from distributed import Ranks, free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pi_dist.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from pi_dist.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from pi_dist.parallel import process_group
 
 ROOT = Path(__file__).parents[1]
 UNSET = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "HOSTFILE", "MAX_RESTARTS")
@@ -244,3 +245,19 @@ def test_torchrun_with_c10d_rendezvous_starts_again_when_a_rank_is_killed(launch
     assert losses(tmp_path / "run") == expected
     log = (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()
     assert "resuming at step 4 from" in log
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "10.0.0.1"])
+def test_a_name_that_other_hosts_cannot_reach_is_refused(monkeypatch, address):
+    monkeypatch.setattr(process_group.socket, "gethostbyname", lambda _: address)
+    problem = process_group._unreachable()
+    assert (problem is None) == (address == "10.0.0.1")
+    assert problem is None or "resolves to 127.0.1.1 on rank 0's host" in problem
+
+
+def test_ranks_that_an_unknown_mpi_starts_are_refused(monkeypatch):
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"PMI_SIZE \(4\) == 1 does not hold; Open MPI's mpirun is needed"):
+        process_group.world_size_from_launcher()

@@ -119,6 +119,24 @@ def run_three(config):
     return outcome.losses
 
 
+def heldout_points(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {point.step: point.value for point in events.Scalars("heldout/loss")}
+
+
+def test_a_stop_saves_at_once_and_what_was_to_be_measured_is_when_it_is_resumed(
+    undisturbed, corpus, tmp_path
+):
+    """The signal comes in step 3, after which held-out data are measured."""
+    config = config_for(corpus, tmp_path)
+    with Ranks(2) as ranks:
+        ranks.run(run_three, config)
+    assert find_newest(tmp_path)[0].state["heldout_step"] == -1
+    train_on(2, config)
+    assert heldout_points(tmp_path) == heldout_points(undisturbed[0])
+
+
 @pytest.mark.parametrize(
     ("world_size", "sp", "stage", "micro_batch_size"),
     [(1, 1, 0, 4), (4, 4, 1, 1), (4, 2, 3, 2), (2, 1, 2, 1)],

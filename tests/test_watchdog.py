@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from distributed import Ranks, free_port
 from safetensors.torch import load_file
@@ -218,3 +219,67 @@ def test_a_slow_rank_is_named_with_its_section(corpus, tmp_path):
         said, _ = ranks.run(train_with_a_slow_loader, config)
     warnings = [text for text in said if text.startswith("warning: rank")]
     assert any("rank 1 is behind, in 'data' of step 3 for" in text for text in warnings), said
+
+
+def hung_job(corpus, run_dir, tmp_path, module, name, *overrides):
+    """What a job says whose rank 1, alive, hangs where this function is called."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if 'RANK' in os.environ:\n"
+        "    from pi_dist.training import trainer\n"
+        "    trainer.COLLECTIVES_LATER_S = 2.0\n"
+        "if os.environ.get('RANK') == '1':\n"
+        f"    import {module} as module\n"
+        f"    module.{name} = lambda *_, **__: time.sleep(600)\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    limits = ("--training.steps=100000", "--parallel.timeout_s=4", *overrides)
+    job = start_job(corpus, run_dir, *limits, environment=path)
+    try:
+        began = time.monotonic()
+        _, err = job.communicate(timeout=120)
+        assert time.monotonic() - began < 100 and job.returncode != 0
+    finally:
+        end(job)
+    return err
+
+
+def test_a_live_rank_that_hangs_in_an_evaluation_is_named(corpus, tmp_path):
+    heldout = (f"--data.heldout={corpus}/heldout", "--training.eval_every=2")
+    where = ("pi_dist.training.evaluate", "evaluated_loss")
+    err = hung_job(corpus, tmp_path / "run", tmp_path, *where, *heldout)
+    assert "error: no step for 4 s" in err and "rank 1: in 'evaluation' of step 2" in err, err
+    assert "evaluate.py" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+
+
+@pytest.mark.slow  # torchrun waits for the rank that hangs
+def test_a_live_rank_that_hangs_in_a_checkpoint_is_named(corpus, tmp_path):
+    """Others wait in a collective, whose own time-out knows no names."""
+    where = ("pi_dist.training.checkpoint", "_entry")
+    err = hung_job(corpus, tmp_path / "run", tmp_path, *where, "--training.save_every=2")
+    assert "it may have waited for rank 1, in 'checkpoint' of step 2 for" in err, err
+
+
+def test_a_signal_before_the_first_step_is_not_lost(corpus, tmp_path):
+    """As a cluster sends it, once: while the ranks import, to each of them."""
+    job = start_job(corpus, tmp_path / "run", "--training.steps=100000", "--training.save_every=0")
+    try:
+        ranks = []
+        while len(ranks) < 2:
+            with contextlib.suppress(AssertionError):
+                ranks = [process_of(job, rank) for rank in (0, 1)]
+        heeded = 1 << (signal.SIGUSR1 - 1)
+        for rank in ranks:
+            while not heeded & int(status_of(rank, "SigCgt"), 16):
+                time.sleep(0.01)
+            os.kill(rank, signal.SIGUSR1)
+        out, err = job.communicate(timeout=90)
+    finally:
+        end(job)
+    assert job.returncode == 0 and "stopped by SIGUSR1 after step 1" in out, out + err
+    assert find_newest(tmp_path / "run")[0].step == 1
+
+
+def status_of(pid, name):
+    lines = (Path("/proc") / str(pid) / "status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.shared import config_of
 from pi_dist.config import Config, ConfigError, check, resolve
+from pi_dist.training.stop_request import EARLY_SIGNALS, StopRequest
 
 UNFINISHED = 75  # EX_TEMPFAIL: `pi-dist train --status` of a run that has steps left
 
@@ -65,7 +66,9 @@ def run(arguments: Namespace) -> int:
     if arguments.status:
         return _status(config_of(arguments))
     is_launched = not os.environ.keys().isdisjoint(("RANK", "OMPI_COMM_WORLD_RANK"))
-    launcher = os.getppid() if is_launched else None  # before imports that take seconds
+    # before imports that take seconds
+    launcher = os.getppid() if is_launched else None
+    stop = StopRequest(EARLY_SIGNALS if is_launched else ())
     import torch.distributed as dist
 
     from pi_dist.parallel.process_group import check_world_size
@@ -78,7 +81,7 @@ def run(arguments: Namespace) -> int:
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 
-    config, outcome = train(config_of(arguments), launcher)
+    config, outcome = train(config_of(arguments), launcher, stop)
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
         if arguments.record is not None and outcome.losses:

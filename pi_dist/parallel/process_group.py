@@ -23,6 +23,11 @@ def world_size_from_launcher() -> int:
         return int(os.environ["WORLD_SIZE"])
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
         return int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    if int(os.environ.get("PMI_SIZE", "1")) > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise ConfigError(
+            f"launch: PMI_SIZE ({os.environ['PMI_SIZE']}) == 1 does not hold; Open MPI's mpirun is needed, "
+            "others do not tell ranks who they are"
+        )
     tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
     if tasks > 1:
         raise ConfigError(
@@ -51,8 +56,10 @@ def _rendezvous_by_mpi() -> None:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
         one_host = local.size == comm.size
-        here = ("127.0.0.1" if one_host else socket.getfqdn(), port)
-    address, port = comm.bcast(here)
+        here = ("127.0.0.1" if one_host else socket.getfqdn(), port, None if one_host else _unreachable())
+    address, port, problem = comm.bcast(here)
+    if problem is not None:
+        raise ConfigError(problem)
     os.environ |= {
         "RANK": str(comm.rank),
         "WORLD_SIZE": str(comm.size),
@@ -61,6 +68,21 @@ def _rendezvous_by_mpi() -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
+
+
+def _unreachable() -> str | None:
+    """Why other hosts cannot reach this one by its name, if so."""
+    name = socket.getfqdn()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        return f"launch: the name {name} of rank 0's host resolves to no address ({error.strerror})"
+    if address.startswith("127."):
+        return (
+            f"launch: {name} resolves to {address} on rank 0's host, which others cannot reach; "
+            "see /etc/hosts"
+        )
+    return None
 
 
 def find_launcher() -> None:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,17 @@ def _write_json(path: Path, value: dict) -> None:
     fsync(path)
 
 
-def save(engine: Engine, run_dir: str | Path, state: dict, tokenizer: Path, keep: int) -> Path:
+def save(
+    engine: Engine,
+    run_dir: str | Path,
+    state: dict,
+    tokenizer: Path,
+    keep: int,
+    tell: Callable[[bool], None] = lambda _: None,
+) -> Path:
     """Write the checkpoint of `state["step"]` and delete all but the newest `keep`; collective.
+
+    `tell` is called with True where this rank begins to write, and with False where it waits for others.
 
     Returns the new checkpoint's path.
 
@@ -106,6 +116,7 @@ def save(engine: Engine, run_dir: str | Path, state: dict, tokenizer: Path, keep
         except OSError as failure:
             error = f"{building}: {failure.strerror}"
     dist.barrier()
+    tell(True)
     weights, moments = {}, {}
     for number, (name, tensors) in enumerate(engine.state()):
         if rank == 0:
@@ -129,6 +140,7 @@ def save(engine: Engine, run_dir: str | Path, state: dict, tokenizer: Path, keep
             entries |= {name: _entry(building / name) for name in ("tokenizer.json", "state.json")}
     except (OSError, SafetensorError) as failure:
         error = f"{building}: rank {rank} could not write: {failure}"
+    tell(False)
     gathered: list = [None] * world_size
     dist.all_gather_object(gathered, (error, entries))
     error = next((of_rank[0] for of_rank in gathered if of_rank[0]), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -46,14 +47,18 @@ def heldout_loss(
     parallel: ParallelConfig,
     chunk_tokens: int | None = None,
     placement: Placement = ON_DEVICE,
+    going_on: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean loss over every valid token of the loader's sequences, nats a token; the same on every rank.
 
     Sequences are worked on at once, or in chunks of `chunk_tokens` tokens, whose rows `placement` keeps.
+    `going_on` is called before each micro-batch.
     """
+    going_on()
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in loader.evaluate():
+        going_on()
         total[0] += evaluated_loss(model, mesh, batch, parallel, chunk_tokens, placement)
         total[1] += mesh.put((batch.labels != IGNORE).sum())
     model.train()

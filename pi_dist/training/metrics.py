@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,7 +34,7 @@ class Metrics:
         self.directory = Path(run_dir) / "tensorboard"
         self._writer = SummaryWriter(str(self.directory), purge_step=start_step + 1 if start_step else None)
         self._start, self._steps, self._log_every = start_step, steps, log_every
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._writes = 0, 0.0, True
         self._bar = tqdm(
             total=steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not _has_terminal()
         )
@@ -55,7 +56,7 @@ class Metrics:
             ("train/learning_rate", learning_rate),
             ("train/gradient_norm", gradient_norm),
         ):
-            self._writer.add_scalar(name, value, step)
+            self._point(name, value, step)
         if self._bar.disable:
             left = self._seconds / (step - self._start) * (self._steps - step)
             average = self._tokens / self._seconds
@@ -67,13 +68,25 @@ class Metrics:
 
     def heldout(self, step: int, loss: float) -> None:
         """The held-out loss after `step` steps, in nats a token."""
-        self._writer.add_scalar("heldout/loss", loss, step)
+        self._point("heldout/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f} nats/token")
 
     def skipped(self, step: int, text: str, in_all: int) -> None:
         """Optimizer step `step` made no update, as `text` tells; so did `in_all` steps of the run."""
-        self._writer.add_scalar("train/skipped_steps", in_all, step)
+        self._point("train/skipped_steps", in_all, step)
         self.say(f"warning: {text}")
+
+    def _point(self, name: str, value: float, step: int) -> None:
+        self._try(lambda: self._writer.add_scalar(name, value, step))
+
+    def _try(self, write: Callable[[], object]) -> None:
+        """Points are not worth a run: where they cannot be written, that is said once, and none are."""
+        if self._writes:
+            try:
+                write()
+            except OSError as error:
+                self._writes = False
+                self.say(f"warning: {self.directory}: {error.strerror}; no more points for TensorBoard")
 
     @staticmethod
     def say(text: str) -> None:
@@ -83,8 +96,9 @@ class Metrics:
 
     def flush(self) -> None:
         """Write all points so far to their file."""
-        self._writer.flush()
+        self._try(self._writer.flush)
 
     def close(self) -> None:
+        """Nothing more will come."""
         self._bar.close()
-        self._writer.close()
+        self._try(self._writer.close)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import math
-import signal
 import socket
 import time
 from contextlib import ExitStack
@@ -33,8 +32,9 @@ from pi_dist.training.evaluate import heldout_loss, make_loader
 from pi_dist.training.kept_memory import KeptPlan, memory_of_ranks, plan_kept_rows
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
+from pi_dist.training.stop_request import LAUNCHER_LOST, STOP_SIGNALS, StopRequest
 from pi_dist.training.streaming import ON_DEVICE, streamed_losses
-from pi_dist.training.watchdog import COLLECTIVES_LATER_S, LAUNCHER_LOST, Watchdog, found_in_time
+from pi_dist.training.watchdog import COLLECTIVES_LATER_S, Watchdog, found_in_time
 
 
 class TrainingError(UserError):
@@ -67,24 +67,6 @@ class Outcome:
     skipped: int = 0
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, LAUNCHER_LOST)
-
-
-class _StopRequest:
-    """Remembers that one of STOP_SIGNALS asked this process to stop at the next step boundary."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.number = number
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _versions() -> dict[str, str]:
     """What the arithmetic of a run depends on beside its configuration."""
     return {name: version(name) for name in ("torch", "deepspeed")}
@@ -109,11 +91,14 @@ def _check_agreement(facts: dict) -> None:
             raise ConfigError(f"rank 0 and rank {rank} do not run the same: {'; '.join(different)}")
 
 
-def train(config: Config, launcher: int | None = None) -> tuple[Config, Outcome]:
+def train(
+    config: Config, launcher: int | None = None, stop: StopRequest | None = None
+) -> tuple[Config, Outcome]:
     """Train, or go on training, the run of `config.run_dir`. Every rank calls it.
 
     Args:
         launcher: the parent process, if the run is to save and fail when that has ended.
+        stop: signals that have been heeded since before; one among them ends the run after a step.
 
     Returns:
         The resolved configuration and how it ended.
@@ -140,11 +125,16 @@ def train(config: Config, launcher: int | None = None) -> tuple[Config, Outcome]
             say = Metrics.say if mesh.rank == 0 else None
             watch = Watchdog(stacks, config.parallel.timeout_s, say, launcher)
             stack.enter_context(watch)
-        return config, _train(config, mesh, watch, index, heldout_index)
+        return config, _train(config, mesh, watch, index, heldout_index, stop or StopRequest(()))
 
 
 def _train(
-    config: Config, mesh: Mesh, watch: Watchdog, index: ShardIndex, heldout_index: ShardIndex | None
+    config: Config,
+    mesh: Mesh,
+    watch: Watchdog,
+    index: ShardIndex,
+    heldout_index: ShardIndex | None,
+    stop: StopRequest,
 ) -> Outcome:
     """`train`, once all ranks see each other and agree."""
     kept = None
@@ -186,7 +176,7 @@ def _train(
             metrics.say(f"resuming at step {found.step} from {found.path}")
     run = _Run(config, mesh, engine, loader, heldout_loader, metrics, watch, index, num_parameters, kept)
     try:
-        outcome = run.loop(first, found)
+        outcome = run.loop(first, found, stop)
         engine.close()
         return outcome
     finally:
@@ -267,7 +257,9 @@ def _write_config(config: Config) -> None:
 
     path = Path(config.run_dir) / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    part = path.with_name(".config.yaml.part")
+    part.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    part.replace(path)
 
 
 def _opening(config: Config, mesh: Mesh, loader: SequenceLoader, num_parameters: int) -> str:
@@ -307,9 +299,9 @@ class _Run:
     def __post_init__(self) -> None:
         self.placement = ON_DEVICE if self.kept is None else self.kept.placement()
 
-    def loop(self, first: int, found: checkpoints.Checkpoint | None) -> Outcome:
+    def loop(self, first: int, found: checkpoints.Checkpoint | None, stop: StopRequest) -> Outcome:
         t = self.config.training
-        stop = _StopRequest()
+        stop.heed(STOP_SIGNALS)
         losses: list[float] = []
         seconds: list[float] = []
         step = first
@@ -320,8 +312,8 @@ class _Run:
         heldout, heldout_step = None, -1
         if found is not None and found.state["heldout_data"] == self._heldout_data():
             heldout, heldout_step = found.state["heldout_loss"], found.state["heldout_step"]
-        if first >= t.steps and heldout_step != first:  # done, but not measured at its end on these data
-            heldout = self._heldout_loss(first)
+        if first > 0 and self._is_measured(first) and heldout_step != first:  # stopped before, or other data
+            heldout, heldout_step = self._heldout_loss(first), first
         batches = self.loader.iterate(first)
         try:
             while step < t.steps and stopped_by is None:
@@ -342,7 +334,7 @@ class _Run:
                     self.metrics.step(step + 1, done.loss, done.tokens, seconds[-1], rate, done.gradient_norm)
                 step += 1
                 last = step == t.steps or stopped_by is not None
-                if step == t.steps or (t.eval_every > 0 and step % t.eval_every == 0):
+                if self._is_measured(step) and (step == t.steps or stopped_by is None):
                     heldout, heldout_step = self._heldout_loss(step), step
                 if last or (t.save_every and step % t.save_every == 0):
                     counts = {"step": step, "updates": updates, "skipped_in_a_row": skipped_in_a_row}
@@ -374,7 +366,7 @@ class _Run:
         if self.metrics is not None:
             self.metrics.skipped(step + 1, f"{what} ({in_a_row} in a row, at most {most})", in_all)
 
-    def _step(self, step: int, batches: list[Batch], stop: _StopRequest) -> _StepResult:
+    def _step(self, step: int, batches: list[Batch], stop: StopRequest) -> _StepResult:
         """One optimizer step; it changes nothing if its loss or gradient is not finite."""
         self.watch.at(step + 1, "forward and backward")
         parallel, training = self.config.parallel, self.config.training
@@ -425,6 +417,11 @@ class _Run:
         where = f"on ranks {ranks}" if ranks else "with a finite loss on every rank"
         return f"{where}, in sequences {sequences}"
 
+    def _is_measured(self, step: int) -> bool:
+        """Whether held-out data are measured after so many steps."""
+        t = self.config.training
+        return step >= t.steps or (t.eval_every > 0 and step % t.eval_every == 0)
+
     def _heldout_data(self) -> str | None:
         """Which held-out data the run measures."""
         return None if self.heldout_loader is None else self.heldout_loader.index.fingerprint
@@ -440,7 +437,9 @@ class _Run:
             self.config.parallel,
             self.config.training.chunk_tokens,
             self.placement,
+            lambda: self.watch.at(step, "evaluation"),
         )
+        self.watch.at(step, None)
         if self.metrics is not None:
             self.metrics.heldout(step, loss)
         return loss
@@ -463,7 +462,14 @@ class _Run:
         if self.metrics is not None:
             self.metrics.flush()  # what comes before a checkpoint is not made again
         try:
-            return checkpoints.save(self.engine, self.config.run_dir, state, self.index.tokenizer_path, keep)
+            return checkpoints.save(
+                self.engine,
+                self.config.run_dir,
+                state,
+                self.index.tokenizer_path,
+                keep,
+                lambda writes: self.watch.at(counts["step"], "checkpoint" if writes else None),
+            )
         except checkpoints.CheckpointError as failure:
             if last:
                 raise

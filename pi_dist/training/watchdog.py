@@ -4,7 +4,8 @@ When a rank fails, the others, whose collectives then fail too, name it last.
 A thread of every rank writes a beat into the store of the process group: which section of which step its main
 thread is in. If the main thread stays in a section for too long, the thread reads everybody's beats twice:
 ranks whose beat stands still are stopped or cut off, and ranks in an earlier section keep the others waiting.
-Outside of sections (at the start, while evaluating or saving) any time may pass, but not without beats.
+Outside of sections (at the start, while others write their part of a checkpoint) any time may pass, but not
+without beats.
 Where rank 0 itself hosts the store and is the one that is stopped, the store does not answer, which says it.
 
 Before there is a process group, a rank only knows how long it has waited for the others (`found_in_time`).
@@ -33,11 +34,12 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from pi_dist.config import ConfigError, UserError
+from pi_dist.training.stop_request import LAUNCHER_LOST
 
 HUNG = 74  # EX_IOERR
-SECTIONS = ("data", "forward and backward", "update")  # of a step, in order
+SECTIONS = ("data", "forward and backward", "update", "evaluation", "checkpoint")  # of a step, in order
+LONGER = {"checkpoint": 10.0}  # times as long as others may take: what a rank writes of one
 LONGEST_INTERVAL_S = 5.0  # between beats
-LAUNCHER_LOST = signal.SIGUSR2
 COLLECTIVES_LATER_S = 30.0  # a collective's own time-out, which knows no names, comes so much later
 LAST_WORD_S = (
     3.0  # ranks that fail after another leave so much later: launchers report the end they see first
@@ -53,7 +55,7 @@ class Watchdog:
 
     Args:
         directory: where the stacks go, `rank_N.txt` each, if it comes to that.
-        timeout_s: the longest that a section may take.
+        timeout_s: the longest that a section may take, but for LONGER ones; of an evaluation, a micro-batch.
         say: on rank 0, tells the user of a rank that keeps the others waiting; None: says nothing.
         launcher: the parent process that must outlive this rank, if there is one.
     """
@@ -72,6 +74,7 @@ class Watchdog:
         self.interval_s = min(LONGEST_INTERVAL_S, timeout_s / 8)
         self._step, self._section, self._since = 0, None, time.monotonic()
         self._count, self._armed, self._told = 0, 0.0, (0, None)
+        self._leaves = False
         self._patience_s = max(2.0, self.interval_s)
         self._asking = threading.Thread()  # the last question to the store
         self._ended = threading.Event()
@@ -102,8 +105,11 @@ class Watchdog:
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join(timeout=10 * self.interval_s)
+        self._leaves = True
+        with contextlib.suppress(RuntimeError):
+            self.beat()
         if isinstance(error, Exception):
-            first = self._failed_before(error)
+            first = self._failed_before(error) or self._waited_for(error)
             if first is not None and not isinstance(error, UserError):  # whose own words suffice
                 error.add_note(first)
                 time.sleep(LAST_WORD_S)
@@ -120,15 +126,34 @@ class Watchdog:
             first = "rank 0, which may have hosted the store of the process group: no answer"
         return f"the first to fail was {first}" if dead or first != mine else None
 
+    def _waited_for(self, error: Exception) -> str | None:
+        """Which ranks were behind, if this error is of a collective that took too long."""
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            return None
+        try:
+            beats = self._beats()
+        except RuntimeError:
+            return None
+        here = self._step, SECTIONS.index(self._section) if self._section else len(SECTIONS)
+        behind = [
+            f"rank {rank}, {_place(beat)}"
+            for rank, beat in enumerate(beats)
+            if beat["section"] and (beat["step"], SECTIONS.index(beat["section"])) < here
+        ]
+        return f"it may have waited for {'; '.join(behind)}" if behind else None
+
     def at(self, step: int, section: str | None) -> None:
         """The main thread enters a section of SECTIONS in optimizer step `step`; None: what may take long."""
         self._step, self._section, self._since = step, section, time.monotonic()
         if section is None:
             faulthandler.cancel_dump_traceback_later()
             self._armed = 0.0
-        elif self._since - self._armed > self._timeout_s / 8:  # for a main thread that lets no other run
-            self._armed = self._since
-            faulthandler.dump_traceback_later(2 * self._timeout_s + 60, exit=True)
+        elif section in LONGER or self._since - self._armed > self._timeout_s / 8:
+            self._armed = self._since  # for a main thread that lets no other run
+            faulthandler.dump_traceback_later(2 * self._limit_s(section) + 60, exit=True)
+
+    def _limit_s(self, section: str) -> float:
+        return self._timeout_s * LONGER.get(section, 1.0)
 
     def beat(self) -> None:
         """Tell the others where this rank is."""
@@ -139,6 +164,7 @@ class Watchdog:
             "step": self._step,
             "section": self._section,
             "seconds": time.monotonic() - self._since,
+            "leaves": self._leaves,
         }
         self._asked(lambda: self._store.set(str(self._rank), json.dumps(beat)))
 
@@ -170,7 +196,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(self.interval_s):
             self._look_for_launcher()
-            since = self._since
+            since, section = self._since, self._section
             late = time.monotonic() - since > self._timeout_s
             try:
                 self.beat()
@@ -178,7 +204,8 @@ class Watchdog:
                     self._tell_of_slow_ranks(self._beats())
                 if late:
                     silent, lines = self._standing_still()
-                    if self._since == since and (silent or self._section is not None):  # else it goes on
+                    over = section is not None and time.monotonic() - since > self._limit_s(section)
+                    if self._since == since and (silent or over):  # else it goes on
                         self._end(silent, lines)
             except RuntimeError as error:
                 if late:
@@ -218,7 +245,9 @@ class Watchdog:
             time.sleep(self.interval_s)
             self.beat()
         after = self._beats()
-        silent = [r for r in range(self._size) if before[r]["count"] == after[r]["count"]]
+        silent = [
+            r for r in range(self._size) if before[r]["count"] == after[r]["count"] and not after[r]["leaves"]
+        ]
         gone = [after[r]["process"] for r in silent]
         moving = [r for r in range(self._size) if r not in silent]
         late = [r for r in moving if after[r]["seconds"] > self._timeout_s]
