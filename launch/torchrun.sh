@@ -78,5 +78,8 @@ signals=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 # a store of their own for each start of the ranks: a shared one still holds the addresses of those that died
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# nodes of which one has other NNODES or NPROC are refused, not trained on; a range of nodes is any of them
+if [[ "${NNODES:-1}" == *:* ]]; then all=(); else all=(--ranks $((ranks * ${NNODES:-1}))); fi
 exec "$python" -m torch.distributed.run "${where[@]}" "${signals[@]}" ${logs[@]+"${logs[@]}"} \
-    --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" -m pi_dist train --config "$config" "$@"
+    --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" -m pi_dist train ${all[@]+"${all[@]}"} \
+    --config "$config" "$@"

@@ -1,6 +1,7 @@
 """Whole training runs on real ranks: resume, other splits, TensorBoard, signals, what must stop a run."""
 
 import dataclasses
+import errno
 import fcntl
 import math
 import os
@@ -8,16 +9,18 @@ import shutil
 import signal
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi_dist.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from pi_dist.training.checkpoint import directory, find_newest
-from pi_dist.training.trainer import TrainingError, _acquire, train
+from pi_dist.training.trainer import TrainingError, _acquire, _lock, train
 
 
 def config_for(corpus, run_dir, *, sp=2, stage=2, steps=6, workers=0, **training):
@@ -117,6 +120,17 @@ def run_three(config):
     outcome = train(config)[1]
     assert outcome.stopped_by == "SIGUSR1" and outcome.step == 3
     return outcome.losses
+
+
+def test_a_file_system_without_locks_is_said(corpus, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+    mesh = SimpleNamespace(rank=0)
+    assert _lock(config_for(corpus, tmp_path), mesh) is not None
+    assert "a second run in here would not be noticed" in capsys.readouterr().out
 
 
 def heldout_points(run_dir):

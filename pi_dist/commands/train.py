@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.shared import config_of
 from pi_dist.config import Config, ConfigError, check, resolve
-from pi_dist.training.stop_request import EARLY_SIGNALS, StopRequest
+from pi_dist.training.stop_request import StopRequest, early_signals
 
 UNFINISHED = 75  # EX_TEMPFAIL: `pi-dist train --status` of a run that has steps left
 
@@ -68,7 +68,7 @@ def run(arguments: Namespace) -> int:
     is_launched = not os.environ.keys().isdisjoint(("RANK", "OMPI_COMM_WORLD_RANK"))
     # before imports that take seconds
     launcher = os.getppid() if is_launched else None
-    stop = StopRequest(EARLY_SIGNALS if is_launched else ())
+    stop = StopRequest(early_signals() if is_launched else ())
     import torch.distributed as dist
 
     from pi_dist.parallel.process_group import check_world_size

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 LAUNCHER_LOST = signal.SIGUSR2  # of the watchdog, once a rank's launcher has ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, LAUNCHER_LOST)
-EARLY_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # that a cluster sends once, whenever it is
+
+
+def early_signals() -> list[signal.Signals]:
+    """What a rank heeds from its start, since a cluster sends it once: SIGUSR1, and SIGTERM if it is ignored.
+
+    Else SIGTERM, by which torchrun ends the others when a rank has failed, ends one that is still starting.
+    """
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    return [signal.SIGUSR1, signal.SIGTERM] if ignored else [signal.SIGUSR1]
 
 
 class StopRequest:

@@ -204,8 +204,11 @@ def _lock(config: Config, mesh: Mesh) -> TextIO | None:
         except BlockingIOError:
             error = [f"run_dir: another process is training in {config.run_dir}"]
         except OSError as failure:
-            if held is None:  # else a file system without locks
+            if held is None:
                 error = [f"run_dir: {path}: {failure.strerror}"]
+            else:  # a file system without locks
+                said = f"{path}: {failure.strerror}: a second run in here would not be noticed"
+                Metrics.say(f"warning: {said}")
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise ConfigError(error[0])
