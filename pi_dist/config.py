@@ -7,6 +7,7 @@ configuration raises `ConfigError`, whose text is one line that names the key an
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ Method = Literal["pi", "window", "dense", "ring", "ulysses"]
 EXACT_METHODS = ("dense", "ring", "ulysses")
 Overlap = Literal["none", "interior", "pipelined"]
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
+LONGEST_TIMEOUT_S = 30 * 24 * 3600  # what is much longer overflows the clocks that wait for it
 
 
 @dataclass(frozen=True)
@@ -238,13 +240,20 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a section is not a mapping.
+        """
         parts = {
             "model": ModelConfig,
             "data": DataConfig,
             "parallel": ParallelConfig,
             "training": TrainingConfig,
         }
+        for key, value in values.items():
+            is_part = key not in parts or isinstance(value, dict)
+            _require(is_part, key, f"type of {key} ({type(value).__name__}) == mapping")
         return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
 
 
@@ -253,9 +262,17 @@ def _require(holds: bool, key: str, equation: str, hint: str = "") -> None:
         raise ConfigError(f"{key}: {equation} does not hold" + (f"; {hint}" if hint else ""))
 
 
+def _require_finite(name: str, section: object) -> None:
+    """Raise ConfigError for an infinity, or what is not a number, among a section's values."""
+    for key, value in vars(section).items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _require(finite, f"{name}.{key}", f"-inf < {key} ({value}) < inf")
+
+
 def check_model(model: ModelConfig) -> None:
     """Raise ConfigError unless the model's own sizes fit together."""
     m = model
+    _require_finite("model", m)
     for key in ("num_layers", "hidden_size", "num_heads", "stride"):
         _require(getattr(m, key) >= 1, f"model.{key}", f"{key} ({getattr(m, key)}) >= 1")
     for key in ("window", "num_skips"):
@@ -357,6 +374,9 @@ def check(config: Config, world_size: int = 1) -> None:
     """Raise ConfigError unless the run can work on `world_size` ranks. Reads no file, imports no engine."""
     m, p, t, d = config.model, config.parallel, config.training, config.data
     check_model(m)
+    _require_finite("parallel", p)
+    _require_finite("training", t)
+    _require(config.run_dir != "", "run_dir", f"run_dir ({config.run_dir!r}) != ''")
     _require(
         m.causal or t.chunk_tokens is None,
         "training.chunk_tokens",
@@ -389,6 +409,12 @@ def check(config: Config, world_size: int = 1) -> None:
     _require(d.prefetch >= 1, "data.prefetch", f"prefetch ({d.prefetch}) >= 1")
     _require(p.sp_degree >= 1, "parallel.sp_degree", f"sp_degree ({p.sp_degree}) >= 1")
     _require(p.timeout_s > 0, "parallel.timeout_s", f"timeout_s ({p.timeout_s}) > 0")
+    _require(
+        p.timeout_s <= LONGEST_TIMEOUT_S,
+        "parallel.timeout_s",
+        f"timeout_s ({p.timeout_s}) <= {LONGEST_TIMEOUT_S}",
+        "30 days",
+    )
     _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
     for key, whole_modules in (
         ("compile", t.compile),

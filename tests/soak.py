@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import config_for
 
 from pi_dist.config import Config
-from pi_dist.training.checkpoint import directory, find_newest, newest_step
+from pi_dist.training.checkpoint import directory, find_newest
 
 SIGNALS = {"SIGKILL": 6, "SIGTERM": 2, "SIGSTOP": 2}  # and how often, in proportion
 PHASES = {"start": 1, "step": 2, "save": 2}
@@ -200,6 +200,12 @@ def _state(config: Config) -> dict[str, str]:
     path = directory(config.run_dir) / f"step-{config.training.steps:08d}" / "manifest.json"
     files = yaml.safe_load(path.read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+
+
+def newest_step(run_dir: str) -> int:
+    """The step of a run's newest checkpoint by its name, unread; 0 if there is none."""
+    names = [path.name for path in directory(run_dir).glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
 def soak(

@@ -18,6 +18,8 @@ import torch
 from distributed import Ranks
 from test_trainer import config_for
 
+from pi_dist.cli import main
+from pi_dist.commands.train import UNFINISHED
 from pi_dist.config import resolve
 from pi_dist.data.shards import ShardIndex
 from pi_dist.model.transformer import PiTransformer
@@ -42,7 +44,13 @@ def make_engine(config):
 
 
 def state_of(config, step):
-    return {"step": step, "heldout_loss": None, "config": config.to_dict(), "data": "0" * 64}
+    return {
+        "step": step,
+        "heldout_loss": None,
+        "config": config.to_dict(),
+        "data": "0" * 64,
+        "end_of_text": 0,
+    }
 
 
 def save_steps(config, steps, keep, file_limit=None):
@@ -109,6 +117,27 @@ def test_what_is_no_checkpoint_under_the_name_of_a_newer_one_is_refused(saved, t
     assert [text.split("/manifest.json: ")[0][-1] for text in refused] == ["5", "4", "3"]
 
 
+def test_a_damaged_checkpoint_that_is_passed_over_is_told_of(saved, capsys, monkeypatch):
+    state = directory(saved) / "step-00000002" / "state.json"
+    state.write_bytes(state.read_bytes()[:-1])
+    warning = f"warning: refused {state}: bytes"
+    for arguments, status in (
+        (["generate", str(saved), "--prompt=x", "--max-new-tokens=0"], 0),
+        (["train", f"--run_dir={saved}", "--training.steps=2", "--status"], UNFINISHED),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == status, err
+        assert err.startswith(warning) and err.count("\n") == 1
+    assert out == f"{saved}: step 1 of 2 is saved\n"
+    assert open_checkpoint(saved).step == 1  # as `pi-dist eval` opens it, on every rank
+    assert capsys.readouterr().err.startswith(warning)
+    monkeypatch.setenv("RANK", "1")
+    assert open_checkpoint(saved).step == 1
+    assert capsys.readouterr().err == ""
+
+
 class Hostile:
     """Creates a file when it is unpickled."""
 
@@ -172,6 +201,39 @@ def test_only_the_newest_are_kept(config):
         ranks.run(save_steps, alone, [1, 2, 3, 4], 2)
     names = sorted(path.name for path in directory(config.run_dir).iterdir())
     assert names == ["step-00000003", "step-00000004"]
+
+
+def test_steps_of_more_than_eight_digits_are_numbers_too(config):
+    with Ranks(1) as ranks:
+        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+        ranks.run(save_steps, alone, [99_999_998, 99_999_999, 100_000_000], 2)
+    assert find_newest(config.run_dir)[0].step == 100_000_000
+    names = sorted(path.name for path in directory(config.run_dir).iterdir())
+    assert names == ["step-100000000", "step-99999999"]
+
+
+def test_what_is_no_directory_does_not_stand_in_the_way_of_a_checkpoint(config, tmp_path):
+    """A file or a link in the name of the new one, of one to prune, and of one that was being written."""
+    precious = tmp_path / "elsewhere" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("kept")
+    place = directory(config.run_dir)
+    place.mkdir(parents=True)
+    (place / ".step-00000004.building").write_text("")
+    (place / "step-00000001").write_text("")
+    (place / "step-00000002").symlink_to(precious.parent)
+    (place / "step-00000003").symlink_to("gone")
+    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    with Ranks(1) as ranks:
+        for step in (4, 5, 6):
+            if step == 5:
+                (place / "step-00000005").write_text("")
+            if step == 6:
+                (place / "step-00000006").symlink_to(precious.parent)
+            assert ranks.run(save_steps, alone, [step], 1) == [[]]
+            assert [path.name for path in place.iterdir()] == [f"step-{step:08d}"]
+            assert not (place / f"step-{step:08d}").is_symlink() and find_newest(config.run_dir)[1] == []
+    assert precious.read_text() == "kept"
 
 
 def test_a_new_checkpoint_is_kept_although_a_refused_one_has_a_later_step(saved, config):

@@ -145,6 +145,8 @@ def test_sigusr1_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path, time
         (["--parallel.sp_degree=1", "--data.train=no/such"], "no/such"),
         (["--check=3"], "world size (3) % sp_degree (2) == 0 does not hold"),
         (["--check=2", "--data.train=no/such"], "no/such"),
+        (["--check=2", "--run_dir="], "run_dir: run_dir ('') != '' does not hold"),
+        (["--check=2", "--parallel.timeout_s=.inf"], "parallel.timeout_s: -inf < timeout_s (inf) < inf"),
     ],
 )
 def test_bad_configurations_are_one_line(capsys, monkeypatch, flags, named):
@@ -159,11 +161,42 @@ def test_bad_configurations_are_one_line(capsys, monkeypatch, flags, named):
         ("modell:\n  window: 4\n", "modell"),
         ("training:\n  stepz: 4\n", "stepz"),
         ("training:\n  steps: many\n", "steps"),
+        ("training: 5\n", "training: type of training (int) == mapping does not hold"),
+        ("training:\n- steps: 4\n", "training: type of training (list) == mapping does not hold"),
+        ("run_dir: caf\udce9\n", "bad.yaml: not UTF-8: invalid continuation byte at byte 12"),
+        ("training: {}\nmodel: {}\ntraining: {}\n", "bad.yaml: line 3: the key 'training' is there twice"),
+        ("training:\n  steps: 4\n  steps: 5\n", "bad.yaml: line 3: the key 'steps' is there twice"),
+        ("training: &again\n  compile: *again\n  seed: 1\n  seed: 2\n", "line 4: the key 'seed'"),
+        ("training: {learning_rate: .inf}\n", "training.learning_rate: -inf < learning_rate (inf) < inf"),
+        ("training: {weight_decay: .nan}\n", "training.weight_decay: -inf < weight_decay (nan) < inf"),
     ],
 )
 def test_bad_yaml_is_one_line(capsys, tmp_path, text, named):
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text(text, errors="surrogateescape")
     assert named in refused(capsys, "train", f"--config={tmp_path / 'bad.yaml'}")
+
+
+def test_a_run_that_could_not_be_saved_is_refused(capsys, monkeypatch, corpus, tmp_path):
+    def check(run_dir):
+        where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={run_dir}"]
+        return ["train", *SMALL, "--check=2", *where]
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    for name in ("file", "file/run", "file/a/run", "link/run"):
+        place = tmp_path / name.split("/")[0]
+        line = refused(capsys, *check(tmp_path / name))
+        assert line.endswith(f"run_dir: {tmp_path / name} cannot be written: {place} is not a directory")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.geteuid() == 0:  # to whom all is permitted
+        monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    for run_dir in (locked, locked / "a" / "run"):
+        assert f"{locked} is read-only for this user" in refused(capsys, *check(run_dir))
+    with pytest.raises(SystemExit) as stopped:
+        main(check(tmp_path / "a" / "run"))
+    assert stopped.value.code == 0 and not (tmp_path / "a").exists()
 
 
 def test_other_bad_input_is_one_line(capsys, tmp_path):
@@ -173,6 +206,10 @@ def test_other_bad_input_is_one_line(capsys, tmp_path):
     assert "no checkpoint there" in refused(capsys, "generate", tmp_path, "--prompt", "x")
     assert "no/such" in refused(capsys, "eval", tmp_path, "--data", "no/such")
     assert "window (-1) >= 0" in refused(capsys, "reach", "--window=-1")
+    fast = ["--gpus=1", "--fabric-gbytes-per-s=.inf"]
+    assert "fabric_bytes_per_s: fabric_bytes_per_s (inf) < inf does not hold" in refused(
+        capsys, "plan", *fast
+    )
     assert "schedule" in refused(capsys, "reach", "--schedule=random")
     assert "frobnicate" in refused(capsys, "frobnicate")
     assert "output" in refused(capsys, "prepare", tmp_path)

@@ -1,6 +1,7 @@
 """Every cross-check of the configuration: one line that names the key and prints the failing equation."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -13,6 +14,8 @@ from pi_dist.config import (
     check,
     compiles,
 )
+
+INF = math.inf
 
 
 def changed(**parts):
@@ -168,6 +171,14 @@ def changed(**parts):
         ),
         ({"parallel": {"sp_degree": 4}}, 2, "parallel.sp_degree", "world size (2) % sp_degree (4) == 0"),
         ({"parallel": {"timeout_s": 0.0}}, 1, "parallel.timeout_s", "timeout_s (0.0) > 0"),
+        ({"parallel": {"timeout_s": 1e30}}, 1, "parallel.timeout_s", "timeout_s (1e+30) <= 2592000"),
+        ({"parallel": {"timeout_s": INF}}, 1, "parallel.timeout_s", "-inf < timeout_s (inf) < inf"),
+        ({"training": {"learning_rate": INF}}, 1, "training.learning_rate", "learning_rate (inf) < inf"),
+        ({"training": {"weight_decay": INF}}, 1, "training.weight_decay", "weight_decay (inf) < inf"),
+        ({"training": {"clip_norm": -INF}}, 1, "training.clip_norm", "-inf < clip_norm (-inf)"),
+        ({"training": {"beta1": math.nan}}, 1, "training.beta1", "-inf < beta1 (nan) < inf"),
+        ({"model": {"logit_cap": INF}}, 1, "model.logit_cap", "logit_cap (inf) < inf"),
+        ({"model": {"rope_theta": math.nan}}, 1, "model.rope_theta", "-inf < rope_theta (nan) < inf"),
         ({}, 0, "launch", "ranks (0) >= 1"),
         ({}, 3, "training.batch_size", "batch_size (8) % (dp_degree (3) × micro_batch_size (1)) == 0"),
         ({"data": {"prefetch": 0}}, 1, "data.prefetch", "prefetch (0) >= 1"),
@@ -178,6 +189,19 @@ def test_impossible_sizes_name_the_key_and_the_equation(parts, world_size, key, 
         check(changed(**parts), world_size)
     text = str(error.value)
     assert text.startswith(f"{key}: ") and equation in text and "does not hold" in text and "\n" not in text
+
+
+def test_a_run_without_a_directory_is_refused():
+    with pytest.raises(ConfigError, match=r"^run_dir: run_dir \(''\) != '' does not hold$"):
+        check(Config(run_dir=""))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(5, "int"), ([], "list"), (None, "NoneType")])
+def test_a_section_is_a_mapping(value, kind):
+    with pytest.raises(
+        ConfigError, match=rf"^training: type of training \({kind}\) == mapping does not hold$"
+    ):
+        Config.from_dict({"training": value})
 
 
 def test_sensible_configurations_pass():

@@ -303,6 +303,38 @@ def test_impossible_options_are_one_line(tmp_path: Path, monkeypatch, options: d
     assert leftovers(tmp_path, "in", "empty", "blank.txt")
 
 
+FULL_DISK = """
+import resource
+from pi_dist.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+main(["prepare", "in", "--output=out", "--tokenizer={tokenizer}", "--vocab-size=300"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "size", "name"),
+    [
+        ("null", 1000, "tokenizer.json"),
+        ("null", 20_000, "train/shard-000000.tar"),  # while documents are written
+        ("t.json", 1000, "train/shard-000000.tar"),  # when it is closed
+    ],
+)
+def test_full_disk_is_one_line_that_names_the_file(
+    tmp_path: Path, tokenizer: str, size: int, name: str
+) -> None:
+    """The kernel refuses to write files beyond a size."""
+    write_texts(tmp_path / "in", 40 if size > 1000 else 1)
+    train_tokenizer([text_of(1)], 300).save(str(tmp_path / "t.json"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in [os.getcwd(), *sys.path] if p)}
+    program = FULL_DISK.format(size=size, tokenizer=tokenizer)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith(f"/{name}: cannot be written: File too large\n")
+    assert leftovers(tmp_path, "in", "t.json")
+
+
 def test_killed_half_way_leaves_no_output(tmp_path: Path) -> None:
     """SIGKILL while shards are being written: the output is absent, and the next run makes it."""
     (tmp_path / "in.jsonl").write_text(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pi_dist.measure.record import kept_records, write
+from pi_dist.config import UserError
+from pi_dist.measure.record import kept_records, resume, write
 from pi_dist.measure.tables import PAGE, markdown_page, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,27 @@ def test_a_record_says_how_it_was_made(name):
         assert set(row) >= STEP_ROW
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] * row["batch"] / row["ms"] * 1e3, rel=1e-3)
         assert 0 <= row["covered_share"] <= 1 and row["reach"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"rows": [', "Expecting value"),
+        (b"", "Expecting value"),
+        (b"\xff", "invalid start byte"),
+        (b"[" * 100_000, "recursion"),
+        (b"[]", "type (list) == object does not hold"),
+        (b"{}", "device of the record (None)"),
+    ],
+)
+def test_what_is_no_record_is_not_gone_on_with(tmp_path, content, reason):
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        resume(str(path), {})
+    text = str(error.value)
+    assert text.startswith(f"{path}: ") and reason in text and "\n" not in text
+    assert path.read_bytes() == content
 
 
 def test_the_page_of_records_is_up_to_date():

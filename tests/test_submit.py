@@ -16,6 +16,7 @@ from pi_dist.cli import main
 from pi_dist.commands.train import UNFINISHED
 from pi_dist.config import ConfigError
 from pi_dist.launching.submit import seconds_of
+from pi_dist.training import checkpoint
 
 HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` %j #1 ; touch pwned & \u03c0'
 
@@ -210,10 +211,20 @@ def test_other_time_limits_are_refused(time):
 def test_status_tells_whether_steps_are_left(submit, capsys, tmp_path):
     flags = ["train", "--config=c.yaml", "--status"]
     assert run_main(*flags) == UNFINISHED
-    (tmp_path / "runs" / "small" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    saved = tmp_path / "runs" / "small" / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text('{"format": 1, "step": 4}')
+    files = {"state.json": checkpoint._entry(saved / "state.json")}
+    checkpoint._write_json(saved / "manifest.json", {"files": files, "sha256": checkpoint._self_hash(files)})
+    (saved.parent / "step-00000006").mkdir()
     assert run_main(*flags) == UNFINISHED
-    assert "step 4 of 6 is saved" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "step 4 of 6 is saved" in out
+    assert err.startswith("warning: refused runs/small/checkpoints/step-00000006/manifest.json: missing")
     assert run_main(*flags, "--training.steps=4") == 0
+    (saved / "state.json").unlink()
+    assert run_main(*flags) == 2
+    assert "no checkpoint of the run is whole" in capsys.readouterr().err
 
 
 def test_another_number_of_ranks_than_asked_for_is_refused(submit, capsys, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import add_network, config_of, network_of, print_or_write
+from pi_dist.commands.shared import ConfigFile, add_network, config_of, network_of, print_or_write
 from pi_dist.config import Config
 
 
@@ -18,7 +18,7 @@ def parser() -> ArgumentParser:
         "Overrides as for pi-dist train.",
         exit_on_error=False,
     )
-    p.add_argument("--config", action="config", help="YAML as `pi-dist train` takes it")
+    p.add_argument("--config", action=ConfigFile, help="YAML as `pi-dist train` takes it")
     p.add_argument("--gpus", type=int, required=True, help="of the job")
     p.add_argument(
         "--gpu", type=str, default="H100", help="H100, H200, A100 or a file of `pi-dist calibrate`"

@@ -4,10 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from pi_dist.config import Config, ConfigError
+
+
+class ConfigFile(ActionConfigFile):
+    """The action of --config; it names the file that is not UTF-8, not YAML, or has a key twice."""
+
+    def __call__(self, parser, cfg, values, option_string=None) -> None:
+        if os.path.isfile(values):  # else it is the text itself
+            _check_yaml(Path(values))
+        super().__call__(parser, cfg, values, option_string)
+
+
+def _check_yaml(path: Path) -> None:
+    """Raise ConfigError unless a file is YAML, and no mapping in it has a key twice."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: {path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path}: {error}") from error
+    nodes = [root]
+    for node in nodes:  # it grows by what is below
+        below = getattr(node, "value", None)
+        if isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in below]
+            for number, (key, _) in enumerate(below):
+                if key.value in names[:number]:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"config: {path}: line {line}: the key {key.value!r} is there twice")
+            below = [value for _, value in below]
+        if isinstance(node, yaml.CollectionNode):
+            nodes += [child for child in below if child not in nodes]  # an alias may close a circle
 
 
 def config_of(arguments: Namespace) -> Config:
@@ -76,4 +111,6 @@ def network_of(arguments: Namespace):
     for name, value in changes.items():
         if value <= 0:
             raise ConfigError(f"{name}: {name} ({value}) > 0 does not hold")
+        if not value < math.inf:
+            raise ConfigError(f"{name}: {name} ({value}) < inf does not hold")
     return dataclasses.replace(NETWORKS[arguments.network], **changes)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import config_of
+from pi_dist.commands.shared import ConfigFile, config_of
 from pi_dist.config import Config, ConfigError, check, resolve
 from pi_dist.training.stop_request import StopRequest, early_signals
 
@@ -22,7 +23,7 @@ def parser() -> ArgumentParser:
         exit_on_error=False,
     )
     p.add_argument(
-        "--config", action="config", help="YAML with any of the fields below; later flags override it"
+        "--config", action=ConfigFile, help="YAML with any of the fields below; later flags override it"
     )
     p.add_argument("--record", type=str | None, default=None, help="add times and memory there, as JSON")
     p.add_argument(
@@ -92,18 +93,31 @@ def run(arguments: Namespace) -> int:
 
 
 def check_run(config: Config, ranks: int) -> None:
-    """Raise ConfigError or ShardError unless the run can be trained on so many ranks."""
+    """Raise ConfigError or ShardError unless the run can be trained, and saved, on so many ranks."""
     from pi_dist.data.shards import open_splits
 
     check(config, ranks)
     index, _ = open_splits(config.data)
     resolve(config, index.vocab_size)
+    _check_writable(config.run_dir)
+
+
+def _check_writable(run_dir: str) -> None:
+    """Raise ConfigError unless the run's directory, or the nearest that there is above it, takes files."""
+    path = Path(run_dir).absolute()
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise ConfigError(f"run_dir: {run_dir} cannot be written: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir: {run_dir} cannot be written: {nearest} is read-only for this user")
 
 
 def _status(config: Config) -> int:
-    from pi_dist.training.checkpoint import newest_step
+    from pi_dist.training.checkpoint import find_newest, warn_of
 
-    step = newest_step(config.run_dir)
+    found, refused = find_newest(config.run_dir)
+    warn_of(refused)
+    step = 0 if found is None else found.step
     print(f"{config.run_dir}: step {step} of {config.training.steps} is saved")
     return 0 if step >= config.training.steps else UNFINISHED
 

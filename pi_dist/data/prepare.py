@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter, fsync, sha256_of
+from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter, fsync, sha256_of, writing
 from pi_dist.data.sources import Document, InputFile, PrepareError, list_inputs, read_documents
 from pi_dist.data.tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
 
@@ -133,9 +133,11 @@ def _build(files: list[InputFile], building: Path, made_from: dict, tokenizer_pa
     if tokenizer_path is None:
         texts = (doc.text for n, doc in enumerate(documents("train tokenizer")) if not is_heldout(n))
         try:
-            train_tokenizer(texts, options["vocab_size"]).save(str(saved))
+            trained = train_tokenizer(texts, options["vocab_size"])
         except ValueError as error:
             raise PrepareError(str(error)) from error
+        with writing(saved):
+            saved.write_text(trained.to_str(pretty=True), encoding="utf-8")
         total = counts["documents"] + counts["empty"]
     tokenizer, end_of_text = _usable_tokenizer(saved, options["end_of_text"])
 

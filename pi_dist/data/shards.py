@@ -8,11 +8,13 @@ of all of them and its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,6 +57,19 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Name the file in an error that comes of writing it; Python's own do not (of a full disk, say).
+
+    Raises:
+        ShardError: it cannot be written.
+    """
+    try:
+        yield path
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def _checksum(index: dict) -> str:
     """SHA-256 of an index without its own checksum."""
     content = {key: value for key, value in index.items() if key != "checksum"}
@@ -80,16 +95,16 @@ class ShardWriter:
         """Append one document, ids [tokens] without the end-of-text token, which is added."""
         import webdataset
 
+        path = self.directory / f"shard-{len(self.shards):06d}.tar"
         if self._tar is None:
-            path = self.directory / f"shard-{len(self.shards):06d}.tar"
             self._file = open(path, "xb")  # noqa: SIM115 - stays open over many calls, until _close_shard
             self._tar = webdataset.TarWriter(self._file, encoder=False, compress=False, mtime=0)
         ids = np.append(ids, self.end_of_text).astype(_DTYPES[self.dtype])
         meta = {"id": id, "source": source, "tokens": len(ids)}
         key = f"{self.num_documents:09d}"
-        self._tar.write(
-            {"__key__": key, "npy": webdataset.numpy_dumps(ids), "json": json.dumps(meta).encode()}
-        )
+        sample = {"__key__": key, "npy": webdataset.numpy_dumps(ids), "json": json.dumps(meta).encode()}
+        with writing(path):
+            self._tar.write(sample)
         self._tokens.append(len(ids))
         self.num_documents += 1
         self.num_tokens += len(ids)
@@ -99,9 +114,11 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         """End the open shard, find where its tokens lie, and hash it."""
-        self._tar.close()
-        self._file.close()
         path = Path(self._file.name)
+        with writing(path):
+            self._tar.close()
+            self._file.close()
+            fsync(path)
         offsets = []
         with tarfile.open(path, "r:") as archive, open(path, "rb") as stream:
             for member in archive:
@@ -112,7 +129,6 @@ class ShardWriter:
                     offsets.append(stream.tell())
         rows = np.empty((len(offsets), 3), dtype=np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = len(self.shards), offsets, self._tokens
-        fsync(path)
         self.shards.append(
             Shard(path.name, len(rows), self._open_tokens, path.stat().st_size, sha256_of(path))
         )
@@ -124,8 +140,12 @@ class ShardWriter:
         """Write the last shard, the document table, a copy of the tokenizer and, last of all, the index."""
         if self._tar is not None:
             self._close_shard()
-        shutil.copyfile(tokenizer, self.directory / "tokenizer.json")
-        np.save(self.directory / "documents.npy", np.concatenate(self.documents), allow_pickle=False)
+        with writing(self.directory / "tokenizer.json") as path:
+            shutil.copyfile(tokenizer, path)
+            fsync(path)
+        with writing(self.directory / "documents.npy") as path:
+            np.save(path, np.concatenate(self.documents), allow_pickle=False)
+            fsync(path)
         index = {
             "version": FORMAT_VERSION,
             "vocab_size": self.vocab_size,
@@ -139,14 +159,16 @@ class ShardWriter:
             "made_from": made_from,
         }
         index["checksum"] = _checksum(index)
-        (self.directory / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        for name in ("tokenizer.json", "documents.npy", "index.json", "."):
-            fsync(self.directory / name)
+        with writing(self.directory / "index.json") as path:
+            path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            fsync(path)
+        fsync(self.directory)
 
     def abandon(self) -> None:
-        """Close the open file of a directory that will be deleted."""
-        if self._file is not None:
-            self._file.close()
+        """Close the open file of a directory that will be deleted; the disk may be full."""
+        for opened in filter(None, (self._tar, self._file)):
+            with contextlib.suppress(OSError):
+                opened.close()
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def resume(path: str | None, settings: dict) -> dict:
     """The record at `path`, to go on with, or a fresh one with these settings, also where there is no path.
 
     Raises:
-        UserError: it is a record of another device or of other versions.
+        UserError: it is no record, or one of another device or of other versions.
     """
     fresh = {
         "command": _command(),
@@ -157,7 +157,12 @@ def resume(path: str | None, settings: dict) -> dict:
     }
     if path is None or not Path(path).exists():
         return fresh
-    record = json.loads(Path(path).read_text())
+    try:
+        record = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a record: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a record: type ({type(record).__name__}) == object does not hold")
     for key in ("device", "versions"):
         if record.get(key) != fresh[key]:
             raise UserError(

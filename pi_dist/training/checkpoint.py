@@ -12,7 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +114,7 @@ def save(
     if rank == 0:
         try:
             for left in directory(run_dir).glob(".step-*.building"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
             building.mkdir(parents=True)
         except OSError as failure:
             error = f"{building}: {failure.strerror}"
@@ -149,7 +152,7 @@ def save(
             files = {name: entry for _, of_rank in gathered for name, entry in of_rank.items()}
             _write_json(building / "manifest.json", {"files": files, "sha256": _self_hash(files)})
             fsync(building)
-            shutil.rmtree(place, ignore_errors=True)  # a refused one of the same step
+            _remove(place)  # a refused one of the same step
             building.rename(place)
             fsync(place.parent)
         except OSError as failure:
@@ -162,10 +165,19 @@ def save(
         raise CheckpointError(f"checkpoint of step {state['step']} not written: {verdict[0]}")
     if rank == 0:
         # one of a later step was refused, or the run would have gone on from it
-        older = [path for path in _candidates(run_dir) if path < place]
+        older = [path for path in _candidates(run_dir) if _step_of(path) < state["step"]]
         for path in {*_candidates(run_dir)} - {place, *older[: keep - 1]}:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     return place
+
+
+def _remove(path: Path) -> None:
+    """Delete, as far as that works, a checkpoint or what has its name; of a link, not where it leads."""
+    if path.is_symlink() or not path.is_dir():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _entry(path: Path) -> dict:
@@ -174,12 +186,12 @@ def _entry(path: Path) -> dict:
 
 def _candidates(run_dir: str | Path) -> list[Path]:
     """Checkpoint directories, newest first; unfinished ones have another name."""
-    return sorted(directory(run_dir).glob("step-" + "[0-9]" * 8), reverse=True)
+    named = [path for path in directory(run_dir).glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(named, key=_step_of, reverse=True)
 
 
-def newest_step(run_dir: str | Path) -> int:
-    """The step of a run's newest checkpoint by its name, unread; 0 if there is none."""
-    return next((int(path.name.removeprefix("step-")) for path in _candidates(run_dir)), 0)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def verify(path: str | Path) -> Checkpoint:
@@ -236,6 +248,13 @@ def find_newest(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
+def warn_of(refused: list[str]) -> None:
+    """Say on stderr, of all ranks on the first, which checkpoints `find_newest` has passed over."""
+    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
+        for text in refused:
+            print(f"warning: refused {text}", file=sys.stderr)
+
+
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put a verified checkpoint's weights and moments into the engine; collective.
 
@@ -283,14 +302,15 @@ def check_resumable(checkpoint: Checkpoint, config: Config, data_digest: str) ->
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint directory, or the newest whole one of a run directory.
+    """A checkpoint directory, or the newest whole one of a run directory; newer ones are warned of.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     if (Path(path) / "manifest.json").exists():
         return verify(path)
-    found, _ = find_newest(path)
+    found, refused = find_newest(path)
+    warn_of(refused)
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint there, and no run with one")
     return found
