@@ -8,6 +8,7 @@ import pytest
 from pi_dist.training.metrics import Metrics
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is missing")
 def test_points_that_cannot_be_written_are_said_once_and_stop_nothing(tmp_path, capsys):
     """The file of events is /dev/full, whose every write fails as on a full disk."""
