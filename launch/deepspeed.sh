@@ -12,9 +12,13 @@
 #   MASTER_PORT   a port that is free on node 0
 # On one node MASTER_PORT may be set as well (default 29500, DeepSpeed's): two runs at once need two ports.
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank. Overrides: see `pi-dist train --help`.
+# SIGTERM, SIGHUP, SIGINT (Ctrl-C) or SIGUSR1 to this script: the run saves at the next step boundary and ends with 0
+# (but over ssh: there DeepSpeed tells the nodes to stop, does not wait for them, and ends with 1).
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
+# shellcheck source=launch/forward_signals.sh
+source "$root/launch/forward_signals.sh"
 if (($# < 2)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash launch/deepspeed.sh NPROC CONFIG [overrides]" >&2
     exit 2
@@ -22,10 +26,24 @@ fi
 nproc="$1" config="$2"
 shift 2
 
-nodes=1
+# DeepSpeed joins the arguments into one command for the remote shell. One that has a space it puts between double
+# quotes, with a backslash before each double quote; the others it leaves as they are. pdsh replaces %h, %n, %u and %%.
+for_remote_shell() {
+    local word="$1"
+    if [[ "$word" == *" "* ]]; then
+        word="${word//\\/\\\\}"
+        word="${word//\$/\\$}"
+        word="${word//\`/\\\`}"
+    else
+        word="$(printf %q "$word")"
+    fi
+    printf '%s' "${word//%/%%}"
+}
+
+nodes=1 over_ssh=""
 where=(--hostfile "" --num_gpus "$nproc") # no hostfile, also where the system has one
 if [[ -n "${HOSTFILE:-}" ]]; then
-    nodes="$(grep -c 'slots=' -- "$HOSTFILE")" || {
+    nodes="$(grep -c '^[^#]*slots=' -- "$HOSTFILE")" || {
         echo "launch/deepspeed.sh: HOSTFILE $HOSTFILE has no line 'NAME slots=$nproc'" >&2
         exit 2
     }
@@ -38,6 +56,8 @@ if [[ -n "${HOSTFILE:-}" ]]; then
             fi
         done
         where+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    else
+        over_ssh=yes
     fi
 fi
 if [[ -n "${MASTER_PORT:-}" ]]; then where+=(--master_port "$MASTER_PORT"); fi
@@ -47,5 +67,48 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="$root/.venv/bin/python"
 # a bad configuration or bad data are refused here, in one line, before any rank starts
 "$python" -m pi_dist train --check $((nproc * nodes)) --config "$config" "$@"
-exec "$python" -m deepspeed.launcher.runner "${where[@]}" --no_local_rank --module \
-    pi_dist train --ranks $((nproc * nodes)) --config "$config" "$@"
+arguments=(train --ranks $((nproc * nodes)) --config "$config" "$@")
+if [[ -n "$over_ssh" ]]; then
+    for number in "${!arguments[@]}"; do
+        arguments[number]="$(for_remote_shell "${arguments[number]}")"
+    done
+fi
+
+# Alone DeepSpeed's runner dies of a signal and leaves launch.py, its child, with the ranks. Here it tells the ranks:
+# launch.py would kill them after 30 s, and end with 1 also if they have saved. (Over ssh the runner has its own way.)
+runner='
+import contextlib, os, signal, sys
+import psutil
+from deepspeed.launcher import runner
+
+told = False
+
+def stop(*_):
+    global told
+    launchers = psutil.Process().children()
+    ranks = []
+    for launcher in launchers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks += launcher.children()
+    for process in ranks if ranks or told else launchers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    if not ranks and not told:  # too early: no rank has started
+        psutil.wait_procs(launchers)
+        sys.exit(128 + signal.SIGTERM)
+    told = True
+
+signal.signal(signal.SIGTERM, stop)
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+runner.main()
+'
+run_and_forward TERM "$python" -c "$runner" "${where[@]}" --no_local_rank --module pi_dist "${arguments[@]}"
+if ((status == 0)) && [[ -z "$signalled" ]]; then
+    # the runner ends with 0 also when launch.py was killed
+    saved="$("$python" -m pi_dist train --status --config "$config" "$@")" || {
+        status=$?
+        echo "launch/deepspeed.sh: the run ended early: $saved" >&2
+    }
+fi
+exit "$status"

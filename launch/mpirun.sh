@@ -6,9 +6,12 @@
 #
 # Uses the mpirun of .venv (extra `mpi`), else the system's; installs that extra where there is neither.
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank. Overrides: see `pi-dist train --help`.
+# SIGTERM, SIGHUP, SIGINT (Ctrl-C) or SIGUSR1 to this script: the run saves at the next step boundary and ends with 0.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
+# shellcheck source=launch/forward_signals.sh
+source "$root/launch/forward_signals.sh"
 if (($# < 2)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash launch/mpirun.sh NPROC CONFIG [overrides]" >&2
     exit 2
@@ -35,4 +38,7 @@ if [[ "$("$mpirun" --version)" == *"Open MPI"* ]]; then
 fi
 # a bad configuration or bad data are refused here, in one line, before any rank starts
 "$root/.venv/bin/python" -m pi_dist train --check "$nproc" --config "$config" "$@"
-exec "$mpirun" "${options[@]}" "$root/.venv/bin/python" -m pi_dist train --config "$config" "$@"
+# mpirun kills the ranks at a SIGTERM or SIGINT; a SIGUSR1 it passes on
+run_and_forward USR1 "$mpirun" "${options[@]}" \
+    "$root/.venv/bin/python" -m pi_dist train --ranks "$nproc" --config "$config" "$@"
+exit "$status"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,10 @@ import yaml
 from distributed import Ranks, free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pi_dist.commands.train import UNFINISHED
 from pi_dist.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from pi_dist.parallel import process_group
+from pi_dist.training.checkpoint import find_newest
 
 ROOT = Path(__file__).parents[1]
 UNSET = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "HOSTFILE", "MAX_RESTARTS")
@@ -60,9 +65,12 @@ def launch(corpus, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_for(corpus, tmp_path / "run").to_dict()))
     started = []
 
-    def call(script: str, nproc: int, *environments: dict[str, str]) -> list[subprocess.Popen]:
+    def call(
+        script: str, nproc: int, *environments: dict[str, str], overrides: Iterable[str] = ()
+    ) -> list[subprocess.Popen]:
         base = {name: value for name, value in os.environ.items() if name not in UNSET}
         command = ["bash", str(ROOT / "launch" / script), str(nproc), str(tmp_path / "c.yaml")]
+        command += overrides
         for environment in environments:
             own = base | {"OMP_NUM_THREADS": "1"} | environment
             log = (tmp_path / f"log-{len(started)}").open("w")
@@ -78,6 +86,27 @@ def launch(corpus, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    for number in started_from(tmp_path):  # the scripts start them in process groups of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def started_from(folder: Path) -> dict[int, str]:
+    """The processes that name a folder, with their command lines."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_text(errors="replace")
+            if f"{folder}/" in command and int(path.parent.name) != os.getpid():
+                found[int(path.parent.name)] = command
+    return found
+
+
+def wait_for(happened: Callable[[], object], folder: Path, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, (folder / "log-0").read_text()
+        time.sleep(0.05)
 
 
 def finish(processes: list[subprocess.Popen], folder: Path) -> None:
@@ -102,9 +131,96 @@ def test_deepspeeds_launcher_on_one_node(launch, expected, tmp_path):
 
 
 def test_deepspeeds_launcher_with_a_hostfile(launch, expected, tmp_path):
-    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    (tmp_path / "hosts").write_text("# first slots=1\nfirst slots=1\nsecond slots=1\n")
     finish(launch("deepspeed.sh", 1, *nodes(HOSTFILE=str(tmp_path / "hosts"))), tmp_path)
     assert losses(tmp_path / "run") == expected
+
+
+ENDLESS = ("--training.steps=100000", "--training.save_every=100000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("script", ["deepspeed.sh", "mpirun.sh"])
+def test_a_signal_to_the_launcher_saves_and_ends_all_ranks(launch, tmp_path, script, number):
+    """To its process group, as Ctrl-C does."""
+    log = tmp_path / "log-0"
+    (process,) = launch(script, 2, {"MASTER_PORT": str(free_port())}, overrides=ENDLESS)
+    wait_for(lambda: "step 2/" in log.read_text(), tmp_path)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=60) == 0, log.read_text()
+    wait_for(lambda: not started_from(tmp_path), tmp_path, 3)  # processes of the loader
+    step = find_newest(tmp_path / "run")[0].step
+    assert step >= 2 and f" after step {step}; checkpoint" in log.read_text(), log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_a_launcher_waits_after_each_signal(tmp_path, number):
+    told = "trap 'echo told; sleep 0.4; exit 5' USR1; echo ready; while :; do sleep 0.05; done"
+    script = f'set -eu; source "$0"; run_and_forward USR1 bash -c "{told}"; echo "$status $signalled"'
+    command = ["bash", "-c", script, str(ROOT / "launch" / "forward_signals.sh")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "told\n"
+        process.send_signal(number)
+        assert process.stdout.read().split("\n")[-2] == f"5 {number.name[3:]}"
+
+
+def test_deepspeeds_launcher_does_not_hide_that_it_was_killed(launch, tmp_path):
+    log = tmp_path / "log-0"
+    (process,) = launch("deepspeed.sh", 2, {"MASTER_PORT": str(free_port())}, overrides=ENDLESS)
+    wait_for(lambda: "step 1/" in log.read_text(), tmp_path)
+    commands = started_from(tmp_path).items()
+    (launcher,) = [n for n, command in commands if "\0deepspeed.launcher.launch\0" in command]
+    os.kill(launcher, signal.SIGKILL)
+    assert process.wait(timeout=60) == UNFINISHED, log.read_text()
+    assert "launch/deepspeed.sh: the run ended early: " in log.read_text()
+
+
+def test_deepspeeds_launcher_over_ssh_keeps_arguments_as_they_are(launch, tmp_path):
+    """A pdsh that runs the remote command here; the names have what a shell would execute or replace."""
+    (tmp_path / "bin").mkdir()
+    pdsh = """#!/usr/bin/env bash
+[[ "$1 $2 $4" == "-S -f -w" ]] || exit 9
+shift 5
+remote="$*"
+remote="${remote//%n/0}"
+exec bash -c "${remote//%%/%}"
+"""
+    for name, text in (("pdsh", pdsh), ("ssh", "#!/usr/bin/env bash\necho 127.0.0.1\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("one slots=1\n")
+    name = """it's"$(touch${IFS}x)`touch${IFS}x`%h\\"""
+    run_dir, record = tmp_path / name / "run", tmp_path / name / 'a  "b\\" $(touch x) `touch x` %h.json'
+    run_dir.mkdir(parents=True)
+    overrides = [f"--run_dir={run_dir}", f"--record={record}", "--parallel.sp_degree=1"]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = {"HOSTFILE": str(tmp_path / "hosts"), "MASTER_PORT": str(free_port()), "PATH": path}
+    finish(launch("deepspeed.sh", 1, environment, overrides=overrides), tmp_path)
+    assert find_newest(run_dir)[0].step == 8 and record.exists()
+    assert not (Path.cwd() / "x").exists()
+
+
+def test_an_mpi_that_is_not_known_is_refused(launch, tmp_path):
+    """Its ranks would each be a run of one rank."""
+    root = tmp_path / "root"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "launch", root / "launch")
+    mpirun = """if [[ "$1" == --version ]]; then echo "another MPI" && exit; fi
+for ((rank = 0; rank < $2; rank++)); do PMI_RANK=$rank PMI_SIZE=$2 "${@:3}" & started+=" $!"; done
+for number in $started; do wait "$number" || status=$?; done
+exit "${status:-0}"
+"""
+    (root / "launch" / "install.sh").write_text("")
+    for name, text in (("mpirun", mpirun), ("python", f'exec "{sys.executable}" "$@"\n')):
+        (root / ".venv" / "bin" / name).write_text("#!/usr/bin/env bash\n" + text)
+        (root / ".venv" / "bin" / name).chmod(0o755)
+    (process,) = launch(str(root / "launch" / "mpirun.sh"), 2, {}, overrides=["--parallel.sp_degree=1"])
+    assert process.wait(timeout=60) != 0
+    lines = (tmp_path / "log-0").read_text().splitlines()
+    assert len(lines) == 2 and all("error: launch: " in line for line in lines), lines
+    assert not (tmp_path / "run").exists()
 
 
 def test_torchrun_with_static_rendezvous(launch, expected, tmp_path):
