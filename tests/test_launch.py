@@ -76,7 +76,12 @@ def launch(corpus, tmp_path):
             log = (tmp_path / f"log-{len(started)}").open("w")
             started.append(
                 subprocess.Popen(
-                    command, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    env=own,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=heed_all,
                 )
             )
         return started
@@ -136,6 +141,12 @@ def test_deepspeeds_launcher_with_a_hostfile(launch, expected, tmp_path):
     assert losses(tmp_path / "run") == expected
 
 
+def heed_all() -> None:
+    """In a child: signals that this process ignores, as under nohup, no shell could trap."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
 ENDLESS = ("--training.steps=100000", "--training.save_every=100000")
 
 
@@ -158,7 +169,8 @@ def test_a_launcher_waits_after_each_signal(tmp_path, number):
     told = "trap 'echo told; sleep 0.4; exit 5' USR1; echo ready; while :; do sleep 0.05; done"
     script = f'set -eu; source "$0"; run_and_forward USR1 bash -c "{told}"; echo "$status $signalled"'
     command = ["bash", "-c", script, str(ROOT / "launch" / "forward_signals.sh")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    options = {"start_new_session": True, "preexec_fn": heed_all}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "told\n"
