@@ -4,6 +4,7 @@
 # run_and_forward SIGNAL COMMAND...   runs it to its end, in a process group of its own: Ctrl-C reaches this shell only.
 #                                     SIGTERM, SIGHUP, SIGINT and SIGUSR1 to this shell become SIGNAL to the command.
 # Sets status, the command's exit status, and signalled, the last signal that came (empty if none did).
+set -euo pipefail
 
 run_and_forward() {
     local signal="$1" name ended
