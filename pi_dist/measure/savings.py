@@ -35,7 +35,6 @@ from pi_dist.measure.reach import report
 from pi_dist.measure.record import resume, write
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
-from pi_dist.measure.step_model import kept_rows
 from pi_dist.measure.steps import model_of as preset_with
 
 # Times the memory there is: what is predicted to need more is not measured. With a measured point of the row,
@@ -192,17 +191,17 @@ def fewest(
     jobs, refused = _jobs(preset, method, streamed, context, terms, lab)
     if not jobs:
         return row | {"gpus": None, "note": next(iter(refused.values()))}
-    guesses = [lab.predict(config, num_gpus) for num_gpus, config in jobs]
+    guesses = [guess for _, _, guess in jobs]
     good = [i for i, point in enumerate(guesses) if point.fits and budget.allows(point.seconds)]
     fastest = min(range(len(jobs)), key=lambda i: (not guesses[i].fits, guesses[i].seconds))
     points: dict[int, Point] = {}
 
     def enough(index: int) -> bool:
         if index not in points:
-            num_gpus, config = jobs[index]
+            num_gpus, config, guess = jobs[index]
             what = f"{preset} {method}{' in chunks' if streamed else ''} {context:,} on {num_gpus}"
-            hopeless = _is_hopeless(guesses[index], points.values(), lab)
-            points[index] = guesses[index] if hopeless else bench.point(config, num_gpus, what)
+            hopeless = _is_hopeless(guess, points.values(), lab)
+            points[index] = guess if hopeless else bench.point(config, num_gpus, what)
         return points[index].fits and budget.allows(points[index].seconds)
 
     most = max([fastest, *good[:1]])
@@ -231,16 +230,14 @@ def _is_hopeless(guess: Point, known: Iterable[Point], lab: Lab) -> bool:
 
 def _jobs(
     preset: str, method: Method, streamed: bool, context: int, terms: Terms, lab: Lab
-) -> tuple[list[tuple[int, Config]], dict[int, str]]:
-    """(jobs on the divisors of the context, by number of GPUs; why the others are none)."""
-    jobs: list[tuple[int, Config]] = []
+) -> tuple[list[tuple[int, Config, Point]], dict[int, str]]:
+    """(jobs on the divisors of the context, by number of GPUs, and predictions; why the others are none)."""
+    jobs: list[tuple[int, Config, Point]] = []
     refused: dict[int, str] = {}
     for num_gpus in divisors(context, terms.max_gpus):
         try:
             config = config_of(preset, method, streamed, context, num_gpus, terms)
-            if streamed:
-                kept_rows(config, lab.profile)  # as the run would refuse it
-            jobs.append((num_gpus, config))
+            jobs.append((num_gpus, config, lab.predict(config, num_gpus)))
         except ConfigError as reason:
             refused[num_gpus] = str(reason)
     return jobs, refused

@@ -59,6 +59,11 @@ class Lab:
     timed_steps: int = 3
 
     def predict(self, config: Config, num_gpus: int) -> Point:
+        """By the cost model.
+
+        Raises:
+            ConfigError: the GPU would have no room for the rows that chunks keep, and the run be refused.
+        """
         need = memory(config, num_gpus, self.profile)
         mib = need.total
         seconds = step_time(config, num_gpus, self.profile, self.network).total

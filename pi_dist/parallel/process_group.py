@@ -37,6 +37,11 @@ def world_size_from_launcher() -> int:
     return 1
 
 
+def rank_from_launcher() -> int:
+    """This process's rank by its launcher (0 without one), also before there is a process group."""
+    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+
+
 def check_world_size(ranks: int) -> None:
     """Raise ConfigError unless the launcher started exactly so many ranks."""
     started = world_size_from_launcher()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from pi_dist.config import Config, ConfigError, UserError
 from pi_dist.data.shards import fsync, sha256_of
 from pi_dist.model.transformer import PiTransformer
+from pi_dist.parallel.process_group import rank_from_launcher
 from pi_dist.training.deepspeed_engine import MOMENTS, Engine
 
 FORMAT = 1
@@ -250,7 +250,7 @@ def find_newest(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
 
 def warn_of(refused: list[str]) -> None:
     """Say on stderr, of all ranks on the first, which checkpoints `find_newest` has passed over."""
-    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
+    if rank_from_launcher() == 0:
         for text in refused:
             print(f"warning: refused {text}", file=sys.stderr)
 

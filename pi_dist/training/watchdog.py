@@ -34,6 +34,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from pi_dist.config import ConfigError, UserError
+from pi_dist.parallel.process_group import rank_from_launcher
 from pi_dist.training.stop_request import LAUNCHER_LOST
 
 HUNG = 74  # EX_IOERR
@@ -274,7 +275,7 @@ def found_in_time(timeout_s: float, directory: str | Path) -> Iterator[None]:
     """
 
     def end() -> None:
-        rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+        rank = rank_from_launcher()
         said = f"error: rank {rank}: the ranks have not found each other in {timeout_s:g} s; one of them, or "
         said += f"what hosts their store, on {os.environ.get('MASTER_ADDR')}, does not answer"
         path = Path(directory) / f"rank_{rank}.txt"
