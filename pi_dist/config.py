@@ -148,7 +148,8 @@ class ParallelConfig:
     timeout_s: float = 600.0
     """Seconds after which a step that makes no progress, or a rank without a sign of life, ends the run with
     status 74: the rank that hangs is named, and the stacks of all ranks are in run_dir/stacks. Collectives
-    fail half a minute later."""
+    fail half a minute later; those of ZeRO after PyTorch's 10 minutes on GPUs, 30 on CPUs, which DeepSpeed
+    does not let us choose."""
 
 
 @dataclass(frozen=True)

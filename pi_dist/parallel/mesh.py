@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,8 +44,10 @@ class Mesh:
         return self.world_size // self.sp_degree
 
 
-def make_mesh(sp_degree: int, device: torch.device) -> Mesh:
+def make_mesh(sp_degree: int, device: torch.device, timeout_s: float = 600.0) -> Mesh:
     """Build the groups; every rank of the initialized default group calls it.
+
+    timeout_s: the longest that a collective among ranks of a sequence may take.
 
     Raises:
         ValueError: the world does not divide into sequence-parallel groups.
@@ -54,7 +58,17 @@ def make_mesh(sp_degree: int, device: torch.device) -> Mesh:
     own = None
     if sp_degree > 1:
         for start in range(0, world_size, sp_degree):
-            group = dist.new_group(list(range(start, start + sp_degree)))
+            group = dist.new_group(list(range(start, start + sp_degree)), **_options(timeout_s))
             if start <= rank < start + sp_degree:
                 own = group
     return Mesh(rank, world_size, sp_degree, device, own)
+
+
+def _options(timeout_s: float) -> dict[str, Any]:
+    """Of a group; its rows must not wait for a multiprocessor until the attention that hides them ends."""
+    timeout = timedelta(seconds=timeout_s)
+    if dist.get_backend() != "nccl":
+        return {"timeout": timeout}
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # PyTorch warns of another one here
+    return {"timeout": timeout, "pg_options": options}

@@ -109,7 +109,8 @@ def evaluate_checkpoint(
             f"data: SHA-256 of {index.tokenizer_path} == that of the checkpoint's tokenizer.json does not "
             f"hold; prepare the text with --tokenizer {checkpoint.path / 'tokenizer.json'}"
         )
-    mesh = make_mesh(sp_degree, start(device_choice, config.parallel.timeout_s))
+    timeout_s = config.parallel.timeout_s
+    mesh = make_mesh(sp_degree, start(device_choice, timeout_s), timeout_s)
     model, _ = load_model(checkpoint, mesh.device)
     loader = make_loader(index, config, mesh)
     loss = heldout_loss(model, mesh, loader, config.parallel, chunk_tokens)

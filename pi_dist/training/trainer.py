@@ -121,7 +121,7 @@ def train(
             data = {"data": index.fingerprint, "held-out data": heldout_index and heldout_index.fingerprint}
             source = {"source of pi_dist": _source()}
             _check_agreement(checkpoints.flatten(config.to_dict()) | data | _versions() | source)
-            mesh = make_mesh(config.parallel.sp_degree, device)
+            mesh = make_mesh(config.parallel.sp_degree, device, timeout_s)
             say = Metrics.say if mesh.rank == 0 else None
             watch = Watchdog(stacks, config.parallel.timeout_s, say, launcher)
             stack.enter_context(watch)
