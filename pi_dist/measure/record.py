@@ -17,7 +17,11 @@ import torch
 from pi_dist.config import Config, UserError, compiles, num_chunks, replays_graphs
 from pi_dist.data.shards import ShardIndex
 from pi_dist.measure.reach import report
-from pi_dist.model.flops import recomputed_flops_per_token, training_flops_per_token
+from pi_dist.model.flops import (
+    forward_flops_per_token,
+    recomputed_flops_per_token,
+    training_flops_per_token,
+)
 from pi_dist.training.trainer import Outcome
 
 # dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
@@ -57,7 +61,7 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
     if t.activation_checkpointing is True:
         recomputed += recomputed_flops_per_token(model, t.context)
     if num_chunks(t) > 1:  # all chunks but the last are worked on twice
-        recomputed += recomputed_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
+        recomputed += forward_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
     rate = tokens / seconds / world_size / peak if peak and t.precision == "bf16" else None
     reach = report(model, t.context)
     cuda = device_type(config) == "cuda"

@@ -228,6 +228,8 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     forwards = forward_passes(config)
     head = m.vocab_size * m.hidden_size
     flops = tokens * (6.0 * head + 2.0 * (forwards + 2) * (matmul_parameters(m) - head))
+    if t.activation_checkpointing is True:
+        flops -= tokens * 8.0 * m.num_layers * m.hidden_size**2  # not computed again
     element = BYTES[t.precision]
     exact_layers = sum(method in EXACT_METHODS for method in m.methods)
     seconds = _kernel_seconds(config, profile, forwards) + _merge_seconds(config, profile, forwards)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pi_dist.config import Config, ModelConfig, compiles
@@ -25,20 +26,55 @@ from pi_dist.ops.pattern import PiPattern, layer_patterns
 from pi_dist.parallel.host_memory import HostMemory, inputs_in_host_memory
 
 
+class AddedLinear(nn.Linear):
+    """x + W·h without bias, of x [B, m, d] and h [B, m, 4d]."""
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor, only_gradients: bool = False) -> torch.Tensor:
+        """only_gradients: the values are known, and what is returned stands for them in autograd's graph."""
+        if not only_gradients:
+            return x + F.linear(h, self.weight)
+        device, weight = x.device.type, self.weight
+        if torch.is_autocast_enabled(device):
+            h, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (h, weight))
+        return _OnlyGradients.apply(x, h, weight)
+
+
+class _OnlyGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, weight):
+        ctx.save_for_backward(h, weight)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        h, weight = ctx.saved_tensors
+        flat = dout.flatten(0, -2).to(h.dtype)
+        return dout, (flat @ weight).view_as(h), flat.t() @ h.flatten(0, -2)
+
+
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the MLP is 4d wide with GELU."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the MLP is 4d wide with GELU.
+
+    recomputed: a pass with gradients is the second one, whose output nobody reads.
+    """
 
     def __init__(
-        self, config: ModelConfig, layer: int, pattern: PiPattern, mlp_tile_tokens: int | None = None
+        self,
+        config: ModelConfig,
+        layer: int,
+        pattern: PiPattern,
+        mlp_tile_tokens: int | None = None,
+        recomputed: bool = False,
     ) -> None:
         super().__init__()
-        self.mlp_tile_tokens = mlp_tile_tokens
+        self.mlp_tile_tokens, self.recomputed = mlp_tile_tokens, recomputed
         d = config.hidden_size
         self.attention_norm = nn.LayerNorm(d)
         self.attention = Attention(config, layer, pattern)
         self.mlp_norm = nn.LayerNorm(d)
         self.mlp_up = nn.Linear(d, 4 * d, bias=False)
-        self.mlp_down = nn.Linear(4 * d, d, bias=False)
+        self.mlp_down = AddedLinear(4 * d, d, bias=False)
 
     def forward(
         self,
@@ -49,7 +85,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         if self.mlp_tile_tokens is not None:
             return self.feed_forward(self.attend(x, table, context, pieces), pieces)
-        return pieces.after(self, *self._attended(x, table, context, pieces))
+        only_gradients = self.recomputed and torch.is_grad_enabled()
+        return pieces.after(self, *self._attended(x, table, context, pieces), only_gradients)
 
     def attend(
         self,
@@ -86,10 +123,12 @@ def before_attention(block: Block, x: torch.Tensor) -> torch.Tensor:
     return block.attention.projection(block.attention_norm(x))
 
 
-def after_attention(block: Block, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def after_attention(
+    block: Block, x: torch.Tensor, attended: torch.Tensor, only_gradients: bool = False
+) -> torch.Tensor:
     """x and what `Attention.attend` returned, [B, m, d], to the next block's x."""
     x = x + block.attention.out(attended)
-    return x + block.mlp_down(F.gelu(block.mlp_up(block.mlp_norm(x))))
+    return block.mlp_down(x, F.gelu(block.mlp_up(block.mlp_norm(x))), only_gradients)
 
 
 def second_half(
@@ -158,7 +197,8 @@ class PiTransformer(nn.Module):
         self.patterns = layer_patterns(config, context)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, layer, pattern, mlp_tile_tokens) for layer, pattern in enumerate(self.patterns)
+            Block(config, layer, pattern, mlp_tile_tokens, activation_checkpointing is True)
+            for layer, pattern in enumerate(self.patterns)
         )
         self.norm = nn.LayerNorm(config.hidden_size)
         self._initialize(seed)
