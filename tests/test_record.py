@@ -68,6 +68,21 @@ def test_what_is_no_record_is_not_gone_on_with(tmp_path, content, reason):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"settings": None}, "type of settings == object"),
+        ({"rows": None}, "type of rows == list of objects"),
+        ({"rows": [1]}, "type of rows == list of objects"),
+    ],
+)
+def test_a_record_without_settings_or_rows_is_not_gone_on_with(tmp_path, changed, reason):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(resume(None, {}) | changed))
+    with pytest.raises(UserError, match=f"not a record: {reason} does not hold"):
+        resume(str(path), {})
+
+
 def test_the_page_of_records_is_up_to_date():
     assert PAGE.read_text() == markdown_page()
 

@@ -172,6 +172,14 @@ def resume(path: str | None, settings: dict) -> dict:
             raise UserError(
                 f"{path}: {key} of the record ({record.get(key)}) == here ({fresh[key]}) does not hold"
             )
+    rows = record.get("rows")
+    listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    for holds, equation in (
+        (isinstance(record.get("settings"), dict), "type of settings == object"),
+        (listed, "type of rows == list of objects"),
+    ):
+        if not holds:
+            raise UserError(f"{path}: not a record: {equation} does not hold")
     return record
 
 

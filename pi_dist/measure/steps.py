@@ -128,10 +128,12 @@ class Record:
     """The record on rank 0; every rank knows its rows.
 
     Args:
+        settings: of the benchmark; those of a record that is gone on with are the same.
         line: what is printed of a row.
 
     Raises:
-        UserError: on every rank, for a record of another device or of other versions.
+        UserError: on every rank, for a record of another device, of other versions or of other settings, such
+            as that of another benchmark.
     """
 
     def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
@@ -140,6 +142,13 @@ class Record:
         if self.writes:
             try:
                 found = [resume(path, settings | {"attempting": None})]
+                for key, value in settings.items():
+                    theirs = found[0]["settings"].get(key)
+                    if theirs != value:
+                        raise UserError(
+                            f"{path}: {key} of the record ({theirs}) == that of this benchmark ({value}) "
+                            "does not hold"
+                        )
             except UserError as error:  # every rank raises it
                 found = [error]
         dist.broadcast_object_list(found, src=0)
@@ -159,7 +168,7 @@ class Record:
 
     def attempted(self, what: list[Any]) -> bool:
         """Whether it took a process with it."""
-        return self.content["settings"]["attempting"] == what
+        return self.content["settings"].get("attempting") == what  # a kept record says nothing of it
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
