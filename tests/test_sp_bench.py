@@ -187,13 +187,22 @@ def test_a_timeline_is_drawn_and_one_without_exchange_refused(tmp_path):
         draw_timeline(trace, tmp_path / "none.svg")
 
 
-def refused(path, presets):
-    with pytest.raises(UserError, match=r"presets \(huge\) in .* does not hold"):
-        sp_bench.bench(path, presets, [64], ["pi"], device="cpu")
+def refused(path, presets, methods, reason):
+    with pytest.raises(UserError, match=reason):
+        sp_bench.bench(path, presets, [64], methods, device="cpu")
 
 
-def test_an_unknown_preset_is_refused(tmp_path, ranks):
-    ranks(2).run(refused, str(tmp_path / "sp.json"), ["huge"])
+@pytest.mark.parametrize(
+    ("num_ranks", "preset", "method", "reason"),
+    [
+        (2, "huge", "pi", r"presets \(huge\) in .* does not hold"),
+        (2, "tiny", "flash", r"methods \(flash\) in .* does not hold"),
+        (2, "tiny", "dense", r"ranks \(2\) == 1 for dense, .* does not hold for methods \(dense\)"),
+        (1, "tiny", "ring", r"ranks \(1\) == 1 for dense, > 1 for ring .* for methods \(ring\)"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, ranks, num_ranks, preset, method, reason):
+    ranks(num_ranks).run(refused, str(tmp_path / "sp.json"), [preset], [method], reason)
 
 
 def test_prediction_beyond_a_minute_a_step_goes_through_the_last_two_measurements():

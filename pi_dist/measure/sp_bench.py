@@ -216,19 +216,26 @@ def bench(
     it measures, unless the file is there.
 
     Raises:
-        UserError: an unknown preset or method, or a record of another device or of other versions.
+        UserError: an unknown preset or method, methods of which none takes so many ranks, or a record of
+            another device, of other versions or of another benchmark.
     """
     check_presets("bench sp", presets)
     if not set(methods) <= set(METHODS):
         raise UserError(f"bench sp: methods ({', '.join(methods)}) in {METHODS} does not hold")
     until, ranks = time.monotonic() + 60 * minutes, world_size_from_launcher()
+    wanted_setups = list(setups(presets, methods, ranks))
+    if not wanted_setups:
+        raise UserError(
+            f"bench sp: ranks ({ranks}) == 1 for dense, > 1 for ring and ulysses, does not hold "
+            f"for methods ({', '.join(methods)})"
+        )
     mesh = make_mesh(ranks, start(device, 180.0))
     meshes = {ranks: mesh}
     precision = "bf16" if mesh.device.type == "cuda" else "fp32"
     settings = {"precision": precision, "activation_checkpointing": True, "data": "random tokens"}
     record = Record(path, mesh, settings, _line)
     complete = True
-    for setup, everywhere in setups(presets, methods, ranks):
+    for setup, everywhere in wanted_setups:
         if setup.sp_degree not in meshes:
             meshes[setup.sp_degree] = make_mesh(setup.sp_degree, mesh.device)
         wanted = [n for n in sorted(contexts) if everywhere or n in MODES_AT or n == min(contexts)]
