@@ -165,6 +165,25 @@ def test_time_is_checked_before_every_measurement(tmp_path):
     assert not complete
 
 
+def test_a_row_is_not_begun_that_the_time_left_is_too_short_for(tmp_path):
+    """Killed at a time limit, it would be noted as what ended its process, and never be measured."""
+    path = tmp_path / "sp.json"
+    with Ranks(2) as ranks:
+        options = {"minutes": 5 / 60}  # of the second row, the timed steps alone are expected to take 8 s
+        for rows in (1, 2):  # what is not begun in one slice is the first of the next
+            ranks.run(run_bench_for, str(path), [128, 256], ["ring"], options)
+            assert [row["tokens"] for row in rows_of(path)] == [128, 256][:rows]
+
+
+def test_the_time_of_a_row_is_expected_from_the_context_before():
+    rows = [{"tokens": 100, "ms": 1000.0}, {"tokens": 200, "ms": 4000.0}, {"tokens": 800, "ms": None}]
+    exact, linear = (sp_bench.Setup("tiny", method, 2, 4, 16, 0) for method in ("ring", "window"))
+    assert sp_bench.expected_s(rows, exact, 400) == pytest.approx(5 * 16)
+    assert sp_bench.expected_s(rows, linear, 400) == pytest.approx(5 * 8)
+    assert sp_bench.expected_s(rows, linear, 200) == pytest.approx(4 * 2 + 8)
+    assert sp_bench.expected_s(rows, linear, 100) == 0
+
+
 def run_bench_for(path, contexts, methods, options):
     return run_bench(path, contexts, methods, **options)
 

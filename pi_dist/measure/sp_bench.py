@@ -53,6 +53,7 @@ MODES_AT = (32768, 131072, 262144)  # contexts at which every form of the exchan
 SLOWEST_MS = 60_000.0  # a step expected to be slower is predicted
 TIMED_STEPS = 9
 TIMED_S = 8.0  # fewer steps where they would take longer than this, but at least one
+OTHER_STEPS = 4  # of a row: one whose bytes are counted, one that is captured, one replayed, one profiled
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,16 @@ def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | Non
     return found
 
 
+def expected_s(rows: list[dict[str, Any]], setup: Setup, tokens: int) -> float:
+    """Seconds that a row takes, by that of the context before; 0 if there is none."""
+    known = [row for row in rows if row["ms"] is not None and row["tokens"] < tokens]
+    if not known:
+        return 0.0
+    ratio = tokens / known[-1]["tokens"]
+    step_s = known[-1]["ms"] / 1e3 * ratio ** (2 if setup.method in EXACT_METHODS else 1)
+    return OTHER_STEPS * step_s + max(TIMED_S, step_s)
+
+
 def _rows_of(record: Record, setup: Setup, world_size: int) -> list[dict[str, Any]]:
     """The rows of a setup on so many ranks, by context."""
     wanted = identity(Setup, vars(setup))
@@ -290,7 +301,7 @@ def _run(
                 shape = step_row(config, mesh.world_size, guess["ms"] / 1e3, None)
                 fits = "peak_mib" not in guess or guess["peak_mib"] < _capacity_mib(mesh)
                 record.add(shape | vars(setup) | {"fits": fits} | guess | {"measured": False})
-            elif agreed(time.monotonic() > until):
+            elif agreed(time.monotonic() + record.begun * expected_s(rows, setup, tokens) > until):
                 return False
             else:
                 record.attempt(what)

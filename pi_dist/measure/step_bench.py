@@ -211,7 +211,6 @@ def bench(
     record = Record(path, mesh, settings, _line)
     done = [identity(Setup, row) for row in record.rows]
     left = [s for s in setups(presets, contexts, streamed) if identity(Setup, vars(s)) not in done]
-    measured = False
     while left:
         setup, what = left[0], identity(Setup, vars(left[0]))
         series = _series(setup, record)
@@ -224,11 +223,10 @@ def bench(
             row |= {"fits": False, "note": "out of memory at a shorter context"}
         elif expected > SLOWEST_S:
             row["note"] = f"a step of about {expected:.0f} s is not made"
-        elif time.monotonic() + (expected if measured else 0.0) > until:
+        elif time.monotonic() + (expected if record.begun else 0.0) > until:
             break
         else:
             record.attempt(what)
-            measured = True
             try:
                 row = measure(setup, mesh) | {"fits": True}
             except torch.OutOfMemoryError:

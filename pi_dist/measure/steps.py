@@ -155,6 +155,7 @@ class Record:
         if isinstance(found[0], UserError):
             raise found[0]
         self.content: dict[str, Any] = found[0]
+        self.begun = False  # whether this process has measured anything
 
     @property
     def rows(self) -> list[Row]:
@@ -163,6 +164,7 @@ class Record:
     def attempt(self, what: list[Any] | None) -> None:
         """Note what is about to run: if it takes the process with it, it is not tried again."""
         self.content["settings"]["attempting"] = what
+        self.begun |= what is not None
         if self.writes:
             write(self.content, self.path)
 
