@@ -17,7 +17,7 @@ from pi_dist.config import UserError
 from pi_dist.measure import sp_bench
 from pi_dist.measure.cost_model import exchanged_bytes, rows_received
 from pi_dist.measure.figures import draw_timeline
-from pi_dist.measure.record import resume
+from pi_dist.measure.record import STEP, resume, source_hash
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops import PiPattern
@@ -292,19 +292,21 @@ def models_left(path):
 
 
 def gone_on_with(path):
-    """What is said of a record of another benchmark; rows added to one that kept nothing of attempts."""
+    """Rows added to a record that kept nothing of attempts; others are refused."""
     record = json.loads(Path(path).read_text())
-    record["settings"] = {"zero_stage": 1, "data": "random tokens"}
-    Path(path).with_name("other.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"precision of the record \(None\) == that of this benchmark"):
-        run_bench(str(Path(path).with_name("other.json")), [128], ["window"])
+    other = Path(path).with_name("other.json")
+    for changed, key in (({"precision": "bf16"}, "precision"), ({"source": "of old"}, "source")):
+        other.write_text(json.dumps(record | {"settings": record["settings"] | changed}))
+        with pytest.raises(UserError, match=rf"{key} of the record \(.*\) == that of this benchmark"):
+            run_bench(str(other), [128], ["window"])
     run_bench(path, [128], ["window"])
     return len(rows_of(Path(path)))
 
 
-def test_a_kept_record_is_gone_on_with_and_that_of_another_benchmark_refused(tmp_path):
+def test_a_record_is_gone_on_with_and_that_of_another_benchmark_or_source_refused(tmp_path):
     path = tmp_path / "sp.json"
     settings = {"precision": "fp32", "activation_checkpointing": True, "data": "random tokens"}
+    settings["source"] = source_hash(STEP)
     path.write_text(json.dumps(resume(None, settings)))
     with Ranks(1) as ranks:
         assert ranks.run(gone_on_with, str(path)) == [1]

@@ -31,6 +31,10 @@ ATTENTION_KERNELS = (
     *("kernels/pi_attention_*.py", "kernels/gradients.py", "kernels/tiles.py", "kernels/block_sizes.*"),
     *("ops/triton_bands.py", "ops/triton_launches.py", "ops/triton_backend.py"),
 )
+STEP = (
+    *("kernels/*.*", "ops/*.py", "model/*.py", "parallel/*.py", "training/cuda_graph.py"),
+    *("training/deepspeed_engine.py", "training/optimizer.py", "training/streaming.py"),
+)
 
 
 def device_name() -> str:
@@ -135,15 +139,20 @@ def _command() -> str:
 def versions() -> dict[str, str]:
     """Versions of what a figure depends on; of the attention kernels, a hash of their files."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    folder = Path(__file__).parents[1]
-    files = sorted(path for name in ATTENTION_KERNELS for path in folder.glob(name))
-    found["kernels"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    found["kernels"] = source_hash(ATTENTION_KERNELS)
     for package in ("torch", "triton", "deepspeed", "pi-dist"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def source_hash(names: tuple[str, ...]) -> str:
+    """The beginning of the SHA-256 of files of this package, by patterns."""
+    folder = Path(__file__).parents[1]
+    paths = sorted({path for name in names for path in folder.glob(name) if path.suffix != ".pyc"})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def resume(path: str | None, settings: dict) -> dict:

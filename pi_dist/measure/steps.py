@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pi_dist.config import PRESETS, Config, ModelConfig, UserError, num_chunks
 from pi_dist.data.loader import Batch
-from pi_dist.measure.record import resume, write
+from pi_dist.measure.record import STEP, resume, source_hash, write
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import Mesh
 from pi_dist.training.streaming import streamed_losses
@@ -128,7 +128,8 @@ class Record:
     """The record on rank 0; every rank knows its rows.
 
     Args:
-        settings: of the benchmark; those of a record that is gone on with are the same.
+        settings: of the benchmark; those of a record that is gone on with are the same, and so is the source
+            of a step.
         line: what is printed of a row.
 
     Raises:
@@ -138,6 +139,7 @@ class Record:
 
     def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
         self.path, self.writes, self._line = path, mesh.rank == 0, line
+        settings = settings | {"source": source_hash(STEP)}
         found: list[Any] = [None]
         if self.writes:
             try:
