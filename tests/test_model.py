@@ -13,7 +13,7 @@ from pi_dist.model.attention import Gate, SequenceContext
 from pi_dist.model.flops import mean_pairs, recomputed_flops_per_token, training_flops_per_token
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.rotary import rotary_table, rotate
-from pi_dist.model.transformer import Pieces, PiTransformer, second_half
+from pi_dist.model.transformer import Pieces, PiTransformer, gelu, second_half
 from pi_dist.ops.oracle import neighbour_masks, pi_attention_oracle
 from pi_dist.ops.pattern import layer_patterns
 
@@ -368,15 +368,23 @@ def test_a_tiled_mlp_holds_its_wide_activations_of_one_tile():
     assert torch.allclose(y, second_half(x, *parameters), atol=1e-6)
 
 
+def test_compiled_gelu_is_the_one_that_is_not():
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64, requires_grad=True)
+    plain, compiled = gelu(x), torch.compile(gelu, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (compiled, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
 def test_tiles_compute_again_in_autocast_precision():
     """ZeRO 0 computes in bf16 under autocast, also what it computes in the backward pass."""
     dtypes, model = [], PiTransformer(TINY, 32, mlp_tile_tokens=16)
     x = torch.randn(1, 32, TINY.hidden_size, requires_grad=True)
     original = torch.nn.functional.gelu
 
-    def noting(value):
+    def noting(value, **form):
         dtypes.append(value.dtype)
-        return original(value)
+        return original(value, **form)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "gelu", noting)
