@@ -472,6 +472,12 @@ def check(config: Config, world_size: int = 1) -> None:
         "a rank takes a piece from the front and one from the back",
     )
     _require(
+        p.overlap != "pipelined" or p.sp_degree == 1 or t.micro_batch_size > 1,
+        "parallel.overlap",
+        f"training.micro_batch_size ({t.micro_batch_size}) > 1 for 'pipelined'",
+        "the rows of a sequence travel while another is worked on",
+    )
+    _require(
         "dense" not in m.methods or p.sp_degree == 1,
         "model.method",
         f"parallel.sp_degree ({p.sp_degree}) == 1 for 'dense'",

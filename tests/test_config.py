@@ -55,6 +55,12 @@ def changed(**parts):
             "context (4098) % (2 × parallel.sp_degree (2)) == 0 for 'ring'",
         ),
         (
+            {"parallel": {"sp_degree": 2, "overlap": "pipelined"}},
+            2,
+            "parallel.overlap",
+            "training.micro_batch_size (1) > 1 for 'pipelined'",
+        ),
+        (
             {"model": {"method": "dense"}, "parallel": {"sp_degree": 2}},
             2,
             "model.method",
