@@ -33,12 +33,15 @@ MODEL |= {"num_skips": 2}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def on_a_rank(sp, model, parallel, training, documents):
-    """[(losses, gradient norms, weights by name) of steps as they are, and of replayed ones]."""
+def on_a_rank(sp, model, parallel, training, documents, kinds=(False, None)):
+    """[(losses, gradient norms, weights by name) of steps as they are, and of replayed ones].
+
+    Compiled, all steps have the same length: another would be compiled for, and another engine find it.
+    """
     mesh = make_mesh(sp, torch.device("cuda"))
+    lengths = [CONTEXT] * len(LENGTHS) if training.get("compile") else LENGTHS
     results = []
-    for cuda_graphs in (False, None):
-        torch.compiler.reset()  # else the second engine finds what was compiled for several lengths at once
+    for cuda_graphs in kinds:
         t = {"context": CONTEXT, "precision": "bf16", "warmup_steps": 0, "compile": False} | training
         t["batch_size"] = 2 * t.get("micro_batch_size", 1)
         config = Config(
@@ -49,7 +52,7 @@ def on_a_rank(sp, model, parallel, training, documents):
         check(config, mesh.world_size)
         engine = Engine(PiTransformer.of_run(config, "cuda"), config, mesh)
         losses, norms = [], []
-        for step, length in enumerate(LENGTHS):
+        for step, length in enumerate(lengths):
             valid = torch.tensor(float(CONTEXT * t["batch_size"]), device="cuda")
             for micro_step in range(2):
                 batch = batch_of(config, mesh, 2 * step + micro_step, documents, length)

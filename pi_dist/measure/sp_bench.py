@@ -53,6 +53,7 @@ MODES_AT = (32768, 131072, 262144)  # contexts at which every form of the exchan
 SLOWEST_MS = 60_000.0  # a step expected to be slower is predicted
 TIMED_STEPS = 9
 TIMED_S = 8.0  # fewer steps where they would take longer than this, but at least one
+PROFILED_STEPS = 3  # one wait of a rank for another makes a single step's exposed time meaningless
 OTHER_STEPS = 4  # of a row: one whose bytes are counted, one that is captured, one replayed, one profiled
 
 
@@ -151,7 +152,9 @@ def measure(
     layers = config.model.num_layers
     total = torch.tensor(float(sum(map(sum, sent.values()))), dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
-    kernels = kernels_of(steps.one) if cuda else []
+    profiles = []
+    if cuda:
+        profiles = [kernels_of(steps.one) for _ in range(max(1, min(PROFILED_STEPS, number)))]
     row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
         "bytes_sent": round(total.item() / mesh.world_size / layers),
         "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
@@ -163,19 +166,21 @@ def measure(
         row |= {key: most(row[key], mesh) for key in ("peak_mib", "reserved_mib")}
     for kind, name in (("exchange", "exposed"), ("collective", "zero_exposed")):
         # causal, the first rank waits for nobody
-        ms, exposed = (most(x, mesh) for x in exposed_ms(kernels, kind)) if cuda else (None, None)
-        row |= {
-            f"{kind}_ms": ms and round(ms, 3),
-            f"{name}_ms": exposed if exposed is None else round(exposed, 3),
-        }
+        found = [[most(x, mesh) for x in exposed_ms(kernels, kind)] for kernels in profiles]
+        row |= dict(zip((f"{kind}_ms", f"{name}_ms"), _medians(found), strict=True))
     row["exposed_share"] = round(row["exposed_ms"] / row["ms"], 4) if cuda else None
     if cuda:  # ranks wait for the slowest, whatever the exchange takes
-        computes = busy_ms([kernel for kernel in kernels if kernel.kind == "compute"])
-        row |= {
-            "compute_ms": round(most(computes, mesh), 3),
-            "least_compute_ms": round(-most(-computes, mesh), 3),
-        }
-    return row, kernels
+        computes = [
+            busy_ms([kernel for kernel in kernels if kernel.kind == "compute"]) for kernels in profiles
+        ]
+        found = [[most(x, mesh), -most(-x, mesh)] for x in computes]
+        row |= dict(zip(("compute_ms", "least_compute_ms"), _medians(found), strict=True))
+    return row, profiles[-1] if cuda else []
+
+
+def _medians(found: list[list[float]]) -> list[float | None]:
+    """Of both columns; none where nothing was profiled."""
+    return [round(median(column), 3) for column in zip(*found, strict=True)] if found else [None, None]
 
 
 def predicted(rows: list[dict[str, Any]], tokens: int) -> dict[str, float] | None:
