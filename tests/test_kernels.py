@@ -442,6 +442,21 @@ def test_labels_of_queries_and_keys_of_different_lengths():
         assert_close(found, reference)
 
 
+def test_segment_ids_of_64_bits_are_read_as_they_are():
+    """Hashes, equal in their low 32 bits or above 2^31: neither copied nor sorted, and equal to small ids."""
+    inputs, dout = draw_inputs(23, 1, 60, None, 2, 1)
+    small = torch.arange(60, device=DEVICE)[None] // 25
+    small[:, 40:44] = 3
+    ids = torch.tensor([2**33, 2**33 + 2**32, 2**31 + 5, -(2**40)], device=DEVICE)[small]  # 3: padding
+    for pattern in (PiPattern(3, 24), PiPattern(3, 3, num_skips=11), PiPattern(50, 3)):
+        with spied() as launches:
+            found = results(triton_attention, inputs, dout, pattern, segment_ids=ids)
+        read = {x.ptr.data_ptr() for _, arguments, *_ in launches for x in arguments if isinstance(x, Rows)}
+        assert ids.data_ptr() in read
+        options = {"segment_ids": small.int(), "padding_mask": small != 3}
+        assert_close(found, results(triton_attention, inputs, dout, pattern, **options), 1e-6, 1e-7)
+
+
 @contextlib.contextmanager
 def planned():
     """The launch plans of calls in here."""

@@ -260,6 +260,8 @@ def test_options_that_make_no_sense_are_refused():
         {"dropout_p": 1.0, "seed": 1},
         {"logit_cap": 0.0},
         {"segment_ids": torch.zeros(2, 12, dtype=torch.int64)},
+        {"segment_ids": torch.zeros(inputs[0].shape[:2], dtype=torch.uint64)},  # from 2^63 on: as if padding
+        {"padding_mask": torch.ones(inputs[0].shape[:2], dtype=torch.int64)},
     ):
         with pytest.raises(ValueError):
             pi_attention(*inputs, PiPattern(1, 4), **options)

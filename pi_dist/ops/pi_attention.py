@@ -99,38 +99,32 @@ def _pair(value: Pair | None, name: str, q_shape: torch.Size, k_shape: torch.Siz
     return query, key
 
 
-def _small(ids: Pair) -> Pair:
-    """Segment ids of both sides as int32: 64-bit ones, which may be hashes, as ranks among their row's.
-
-    Raises:
-        ValueError: they are no integers.
-    """
+def _check_ids(ids: Pair) -> None:
+    """Raise ValueError unless segment ids are integers that 64 bits with a sign hold."""
     for x in ids:
-        if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-            raise ValueError(f"segment_ids.dtype ({x.dtype}) is an integer type does not hold")
-    if max(x.dtype.itemsize for x in ids) <= 4 and torch.uint32 not in (x.dtype for x in ids):
-        return ids
-    whole = torch.cat([x.long() for x in ids], dim=1)  # [B, Tq + Tk]
-    ordered, order = whole.sort(dim=1)
-    begins = torch.zeros_like(whole)
-    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    ranks = torch.empty_like(whole).scatter_(1, order, begins.cumsum(1))
-    ranks = ranks.masked_fill(whole < 0, -1).int()
-    return ranks[:, : ids[0].shape[1]], ranks[:, ids[0].shape[1] :]
+        if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype in (torch.bool, torch.uint64):
+            raise ValueError(f"segment_ids.dtype ({x.dtype}) is an integer type up to int64 does not hold")
+
+
+def _check_mask(mask: Pair) -> None:
+    """Raise ValueError unless a padding mask is of booleans."""
+    for x in mask:
+        if x.dtype != torch.bool:
+            raise ValueError(f"padding_mask.dtype ({x.dtype}) == bool does not hold")
 
 
 def token_labels(segment_ids: torch.Tensor | None, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """One int32 label a token: its document, or -1 for padding.
+    """One label a token: its document, or -1 for padding; int32, or int64 for ids that may be hashes.
 
     Tokens see each other iff their labels agree and are >= 0.
     """
     if segment_ids is None and padding_mask is None:
         return None
-    labels = (
-        torch.zeros_like(padding_mask, dtype=torch.int32)
-        if segment_ids is None
-        else segment_ids.to(torch.int32)
-    )
+    if segment_ids is None:
+        labels = torch.zeros_like(padding_mask, dtype=torch.int32)
+    else:
+        wide = segment_ids.dtype in (torch.int64, torch.uint32)
+        labels = segment_ids.to(torch.int64 if wide else torch.int32)
     return labels if padding_mask is None else labels.masked_fill(~padding_mask, -1)
 
 
@@ -182,8 +176,11 @@ def pi_attention(
     check_shapes(q, k, v, gate)
     check_options(softmax_scale, logit_cap, dropout_p, seed)
     segments = _pair(segment_ids, "segment_ids", q.shape[:2], k.shape[:2])
-    segments = segments and _small(segments)
+    if segments is not None:
+        _check_ids(segments)
     padding = _pair(padding_mask, "padding_mask", q.shape[:2], k.shape[:2])
+    if padding is not None:
+        _check_mask(padding)
     q_labels, k_labels = (
         token_labels(segments and segments[side], None if padding is None else padding[side])
         for side in (0, 1)
