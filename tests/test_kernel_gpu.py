@@ -17,7 +17,7 @@ DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)
 SPARSE = PiPattern(4, 16)  # one skip, in the band of the window
 BROAD = PiPattern(64, 128, num_skips=16)  # window and residue classes, two launches
-LONG = PiPattern(4, 8192, num_skips=6)  # strides of more elements than 32 bits count
+LONG = PiPattern(4, 8192, num_skips=6)  # residue classes of nine tokens
 
 
 def reference_attention(*inputs, **options):
@@ -161,6 +161,21 @@ def test_long_sequences_equal_the_reference_backend(pattern):
     )
     errors = relative_errors(ours, reference)
     assert all(error <= 1e-2 for error in errors[:4]) and errors[4] <= 3e-2, errors
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, LONG], ids=["sparse", "long"])
+def test_tensors_of_more_elements_than_32_bits_count(pattern):
+    """Views of a wide projection: LONG's tiles hold rows from one end to the other, SPARSE's begin there."""
+    length, columns = 65536 + 17, 32832
+    (*dense, gate), dout = draw_inputs(4, 1, length, 2, 2, 64, torch.bfloat16)
+    wide = torch.empty(1, length, columns, dtype=torch.bfloat16, device=DEVICE)
+    assert wide.numel() >= 2**31
+    views = [wide[..., 128 * i : 128 * (i + 1)].unflatten(2, (2, 64)) for i in range(3)]
+    for view, rows in zip(views, dense, strict=True):
+        view.copy_(rows)
+    ours, expected = (results(triton_attention, [*x, gate], dout, pattern) for x in (views, dense))
+    errors = relative_errors(ours, expected)
+    assert all(error <= 1e-3 for error in errors), errors
 
 
 @pytest.mark.parametrize("pattern", [SPARSE, PiPattern(4, 37), PiPattern(3, 9, num_skips=12)], ids=str)
