@@ -409,6 +409,30 @@ def test_strides_of_more_elements_than_32_bits_count(pattern, monkeypatch):
     assert len(used) >= 2 and all(used)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [PiPattern(4, 16), PiPattern(3, 70), PiPattern(40, 3, num_skips=9), PiPattern(2, 3, False, num_skips=12)],
+    ids=str,
+)
+def test_the_cap_serves_as_the_maximum_as_in_bf16(pattern, monkeypatch):
+    """What bf16 alone does, which the interpreter cannot: here in fp32, also merged over received rows."""
+
+    class Capped(triton_launches.LaunchPlan):
+        def _options(self, *arguments, **keywords):
+            return super()._options(*arguments, **keywords)._replace(fixed_top=True)
+
+    monkeypatch.setattr(triton_backend, "plan_of", Capped)
+    inputs, dout = draw_inputs(24, 1, 99, None, 2, 1)
+    inputs[0] = inputs[0] * 8  # some logits are clamped
+    segments = torch.tensor([[0] * 30 + [1] * 69], device=DEVICE)
+    check(inputs, dout, pattern, logit_cap=20.0, segment_ids=segments)
+    options = {"logit_cap": 40.0, "dropout_p": 0.25, "seed": 3, "row_start": 0}
+    expected = results(
+        pi_attention_oracle, inputs, dout, pattern, torch.float64, segment_ids=segments, **options
+    )
+    assert_close(on_ranks(inputs, dout, pattern, segments, 3, options), expected)
+
+
 def test_what_the_kernels_cannot_count_is_refused():
     inputs, _ = draw_inputs(21, 1, 4)
     with pytest.raises(ValueError, match=r"num_skips · stride \(536870912\) < 2\^29 does not hold"):
