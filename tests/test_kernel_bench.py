@@ -8,7 +8,7 @@ import torch
 
 from pi_dist.measure import kernel_bench
 from pi_dist.measure.kernel_bench import OURS, Case, cases, floor, peer_cases, resources
-from pi_dist.measure.kernel_peers import FLEX
+from pi_dist.measure.kernel_peers import FLEX, Peer
 from pi_dist.measure.record import kept_records
 
 HOPPER = SimpleNamespace(
@@ -87,3 +87,16 @@ def test_a_record_is_resumed_where_it_ends(gpu):
 @pytest.mark.parametrize("name", [name for name in kept_records() if name.startswith("kernels")])
 def test_kept_records_of_kernels_are_whole(name):
     assert kernel_bench._jobs(kept_records()[name], tuple(kernel_bench.HEADS)) == []
+
+
+def test_a_kernel_that_cannot_run_has_a_reason_and_is_not_tried_again(gpu, monkeypatch):
+    def unusable(*_):
+        raise RuntimeError("no kernel for this device")
+
+    case = Case(64, 8192, 64, 16)
+    monkeypatch.setattr(kernel_bench, "inputs", lambda _: ())
+    monkeypatch.setattr(kernel_bench, "peers", lambda *_: [Peer(FLEX, unusable)])
+    rows = list(kernel_bench._measure_peers(case, 1e9, 1e9))
+    assert [(row["direction"], row["ms"]) for row in rows] == [("forward", None), ("backward", None)]
+    assert all(kernel_bench._line(row).endswith("one      no kernel for this device") for row in rows)
+    assert (kernel_bench._measure_peers, case) not in kernel_bench._jobs({"rows": rows}, (64,))

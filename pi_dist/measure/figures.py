@@ -270,6 +270,7 @@ def draw_kernels(record: str | os.PathLike, path: str | os.PathLike) -> None:
 
     content = json.loads(Path(record).read_text())
     rows = [row for row in content["rows"] if row["tokens"] == 131072 and row["strides"] == "one"]
+    rows = [row for row in rows if row["ms"] is not None]
     dims = sorted({row["head_dim"] for row in rows})
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -127,9 +126,11 @@ def runner(case: Case, tensors: tuple[torch.Tensor, ...]) -> tuple[Callable[[], 
     )
 
 
-def _row(case: Case, method: str, direction: str, ms: float, copy: float, matmul: float) -> dict[str, Any]:
+def _row(
+    case: Case, method: str, direction: str, ms: float | None, copy: float, matmul: float
+) -> dict[str, Any]:
     limits = floor(case, direction, copy, matmul)
-    return {
+    row = {
         "method": method,
         "direction": direction,
         "batch": case.batch,
@@ -140,10 +141,14 @@ def _row(case: Case, method: str, direction: str, ms: float, copy: float, matmul
         "strides": "per_head" if case.per_head else "one",
         "num_skips": case.num_skips,
         "dtype": "bfloat16",
-        "ms": round(ms, 4),
         "bytes": limits["bytes"],
         "floor_ms": round(limits["floor_ms"], 4),
         "floor": limits["bound"],
+    }
+    if ms is None:
+        return row | dict.fromkeys(("ms", "times_floor", "copy_share", "matmul_share"))
+    return row | {
+        "ms": round(ms, 4),
         "times_floor": round(ms / limits["floor_ms"], 3),
         "copy_share": round(limits["bytes"] / copy / ms * 1e3, 4),
         "matmul_share": round(limits["flop"] / matmul / ms * 1e3, 4),
@@ -205,8 +210,8 @@ def compile_all(wanted: list[Any], warm_up: Callable[[Any], None]) -> None:
 
 
 def peer_cases() -> Iterator[Case]:
-    """What other kernels are timed on: windows, the paper's pattern, and a window with many skips."""
-    patterns = ((4, 0), (4, 1), (16, 0), (16, 1), (64, 0), (64, 16), (256, 0), (512, 0))
+    """What other kernels are timed on: windows, the paper's pattern, and windows with many skips."""
+    patterns = ((4, 0), (4, 1), (4, 16), (16, 0), (16, 1), (64, 0), (64, 16), (64, 64), (256, 0), (512, 0))
     for head_dim in HEADS:
         for tokens in PEER_CONTEXTS:
             yield from (Case(head_dim, tokens, window, num_skips) for window, num_skips in patterns)
@@ -219,16 +224,15 @@ def _measure(case: Case, copy: float, matmul: float) -> Iterator[dict[str, Any]]
 
 
 def _measure_peers(case: Case, copy: float, matmul: float) -> Iterator[dict[str, Any]]:
-    """Rows of the other kernels; one that cannot run here is named on stderr."""
+    """Rows of the other kernels, without a time and with the reason of one that cannot run here."""
     for peer in peers(case.pattern, inputs(case)):
+        reason = {}
         try:
-            functions = peer.setup()
-            times = [timed(function) for function in functions]
+            times = [timed(function) for function in peer.setup()]
         except (ImportError, RuntimeError) as error:
-            print(f"  {peer.name}: {str(error).splitlines()[0]}", file=sys.stderr)
-            continue
+            times, reason = [None, None], {"note": str(error).splitlines()[0]}
         for direction, ms in zip(("forward", "backward"), times, strict=True):
-            yield _row(case, peer.name, direction, ms, copy, matmul)
+            yield _row(case, peer.name, direction, ms, copy, matmul) | reason
 
 
 def _jobs(
@@ -260,7 +264,8 @@ def bench(path: str, minutes: float = 8.0, head_dims: Sequence[int] = tuple(HEAD
     ours = {replace(case, tokens=16384) for measure, case in jobs if measure is _measure}
     compile_all(sorted(ours, key=str), _warm_up)
     copy, matmul = ceilings()
-    record["settings"] |= {"copy_bytes_per_s": round(copy), "matmul_flop_per_s": round(matmul)}
+    ceiling = {"copy_bytes_per_s": round(copy), "matmul_flop_per_s": round(matmul)}
+    record["settings"].setdefault("slices", []).append(ceiling)  # a row's shares are of those of its slice
     for measure, case in jobs:
         if time.monotonic() - started > 60 * minutes:
             break
@@ -281,9 +286,12 @@ def _identity(row: dict[str, Any]) -> tuple[str, str, Case]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    what = f"{row['method']:<38} {row['direction']:<8} D {row['head_dim']:<3} T {row['tokens']:>7,} "
+    what += f"k {row['window']:<3} M {row['num_skips']:<2} {row['strides']:<8}"
+    if row["ms"] is None:
+        return f"{what} {row['note']}"
     return (
-        f"{row['method']:<38} {row['direction']:<8} D {row['head_dim']:<3} T {row['tokens']:>7,} "
-        f"k {row['window']:<3} M {row['num_skips']:<2} {row['strides']:<8} {row['ms']:9.3f} ms  "
+        f"{what} {row['ms']:9.3f} ms  "
         f"{row['times_floor']:6.2f} × floor ({row['floor']}), copy {row['copy_share']:.0%}, "
         f"matmul {row['matmul_share']:.0%}"
     )
