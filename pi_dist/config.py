@@ -233,7 +233,10 @@ class Config:
 
     @property
     def balanced(self) -> bool:
-        """Whether ranks hold a piece from the front and one from the back of a sequence: for ring alone."""
+        """Whether ranks hold a piece from the front and one from the back of a sequence: for ring alone.
+
+        Ring layers among others exchange contiguous shards for such pieces, and back.
+        """
         return set(self.model.methods) == {"ring"} and self.parallel.sp_degree > 1
 
     def to_dict(self) -> dict:
@@ -466,7 +469,7 @@ def check(config: Config, world_size: int = 1) -> None:
         f"training.context ({t.context}) % sp_degree ({p.sp_degree}) == 0",
     )
     _require(
-        not config.balanced or t.context % (2 * p.sp_degree) == 0,
+        "ring" not in m.methods or p.sp_degree == 1 or t.context % (2 * p.sp_degree) == 0,
         "training.context",
         f"context ({t.context}) % (2 × parallel.sp_degree ({p.sp_degree})) == 0 for 'ring'",
         "a rank takes a piece from the front and one from the back",

@@ -61,6 +61,16 @@ def changed(**parts):
             "training.micro_batch_size (1) > 1 for 'pipelined'",
         ),
         (
+            {
+                "model": {"method": ["pi", "ring"], "num_layers": 2},
+                "parallel": {"sp_degree": 2},
+                "training": {"context": 4098},
+            },
+            2,
+            "training.context",
+            "context (4098) % (2 × parallel.sp_degree (2)) == 0 for 'ring'",
+        ),
+        (
             {"model": {"method": "dense"}, "parallel": {"sp_degree": 2}},
             2,
             "model.method",

@@ -42,6 +42,7 @@ def measured(config, world_size, **options):
         ("pi", 8, 0, None),
         ("pi", 4, 1, None),
         ("ring", 4, 2, None),
+        (["pi", "ring"], 4, 1, None),
         ("window", 8, 3, None),
         ("ulysses", 2, 3, None),
         ("pi", 2, 2, 256),
