@@ -175,6 +175,15 @@ def test_exact_methods_hold_what_travels():
     assert copies("ring", 4) > copies("dense", 1) / 4
 
 
+def test_a_ring_among_other_layers_also_moves_its_shards():
+    """Within a node two messages and a share of q, k, v and out, three times where blocks are recomputed."""
+    alone, mixed = (job(method, num_gpus=4) for method in ("ring", ["ulysses"] + ["ring"] * 11))
+    ulysses = job("ulysses", num_gpus=4)
+    waits = [communication_seconds(config, 4, H100, Network()) for config in (alone, mixed, ulysses)]
+    seconds, pieces = 6 * 40e-6 + 3 * 6 / 4 * 2**17 / 8 * 4 * 768 * 2 / 296e9, 12
+    assert waits[1] == pytest.approx((11 * waits[0] + waits[2]) / pieces + 11 * seconds, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["pi", "window", "ring", "ulysses"])
 def test_slower_networks_wait_longer(method):
     config = job(method, num_gpus=4)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_key_exchange import rows_by_brute_force
 
-from pi_dist.config import UserError
+from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig, UserError, check
 from pi_dist.measure import sp_bench
-from pi_dist.measure.cost_model import exchanged_bytes, rows_received
+from pi_dist.measure.cost_model import exchanged_bytes, rebalanced_bytes, rows_received
 from pi_dist.measure.figures import draw_timeline
 from pi_dist.measure.record import STEP, resume, source_hash
+from pi_dist.measure.steps import random_batch
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms
+from pi_dist.model.attention import SequenceContext
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops import PiPattern
+from pi_dist.parallel.mesh import make_mesh
 
 
 @given(st.integers(0, 40), st.integers(1, 30), st.integers(0, 5), st.integers(1, 12), st.integers(0, 5))
@@ -274,6 +278,35 @@ def test_bytes_to_others_are_counted(ranks):
         {"all_to_all_single": [16, 24], "isend": [28]},
         {"all_to_all_single": [4, 24], "isend": [28]},
     ]
+
+
+def mixed_step_on_a_rank(config):
+    """Bytes that a rank sends in the forward and backward passes of a stack of a ring between others."""
+    mesh = make_mesh(config.parallel.sp_degree, torch.device("cpu"))
+    model, batch = PiTransformer.of_run(config, "cpu"), random_batch(config, mesh)
+    context = SequenceContext(starts=batch.starts, group=mesh.sp_group)
+    with counted_bytes() as sent:
+        model(batch.tokens, batch.labels, context).backward()
+    return sum(map(sum, sent.values()))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_ring_among_other_layers_sends_what_the_formula_says(num_ranks, recomputed):
+    training = TrainingConfig(
+        context=60 * num_ranks, batch_size=2, micro_batch_size=2, precision="fp32",
+        activation_checkpointing=recomputed,
+    )  # fmt: skip
+    model = replace(PRESETS["tiny"], num_layers=3, num_kv_heads=2, method=["pi", "ring", "window"])
+    config = Config(model=model, training=training, parallel=ParallelConfig(sp_degree=num_ranks))
+    check(config, num_ranks)
+    with Ranks(num_ranks) as ranks:
+        sent = ranks.run(mixed_step_on_a_rank, config)
+    assert sum(sent) / num_ranks == pytest.approx(sum(exchanged_bytes(config, i) for i in range(3)), abs=0.5)
+    assert rebalanced_bytes(config) > 0
+    alone = replace(config, model=replace(model, method="ring"))
+    more = 2 * rebalanced_bytes(config)  # of two sequences
+    assert exchanged_bytes(config, 1) - exchanged_bytes(alone, 1) == pytest.approx(more)
 
 
 def test_several_strides_in_a_group_have_no_closed_form():

@@ -45,6 +45,21 @@ def _pi_bytes(config: Config, pattern: PiPattern, num_ranks: int, element: int) 
     return 2 * model.head_dim * rows * element
 
 
+def rebalanced_bytes(config: Config) -> float:
+    """Of `exchanged_bytes`, for one sequence, those around a ring layer whose shards are contiguous.
+
+    q, k, v and out forward, and their gradients backward, of all 2P pieces but those that stay: the first,
+    and one more unless 3 divides P.
+    """
+    model, training, ranks = config.model, config.training, config.parallel.sp_degree
+    if config.balanced or ranks == 1:
+        return 0.0
+    tokens = (2 * ranks - 1 - (ranks % 3 > 0)) * (training.context // (2 * ranks)) / ranks
+    forwards = 2 if training.activation_checkpointing is True else 1
+    width = 2 * (model.hidden_size + model.kv_heads * model.head_dim)
+    return tokens * width * (forwards + 1) * BYTES[training.precision]
+
+
 def exchanged_bytes(config: Config, layer: int) -> float:
     """Bytes that a rank sends for one layer in one optimizer step of one replica, mean over its ranks.
 
@@ -52,7 +67,8 @@ def exchanged_bytes(config: Config, layer: int) -> float:
     layers, and ZeRO's traffic are not among them.
 
     - pi, window: K and V of `rows_received` forward, their gradients in fp32 backward.
-    - ring: K and V in P-1 steps forward and again backward, where their fp32 gradients make P steps.
+    - ring: K and V in P-1 steps forward and again backward, where their fp32 gradients make P steps;
+      among other layers `rebalanced_bytes` too.
     - ulysses: a (P-1)/P share of q, k, v and out forward, and of their gradients backward.
 
     Raises:
@@ -66,6 +82,7 @@ def exchanged_bytes(config: Config, layer: int) -> float:
         total = 0.0
     elif method == "ring":
         total = 2 * length * kv * ((ranks - 1) * (forwards + 1) * element + ranks * 4)
+        total += rebalanced_bytes(config)
     elif method == "ulysses":
         total = 2 * (model.hidden_size + kv) * length * (ranks - 1) / ranks * (forwards + 1) * element
     else:

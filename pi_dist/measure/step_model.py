@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pi_dist.config import EXACT_METHODS, Config, Method, accumulation_steps, num_chunks, replays_graphs
-from pi_dist.measure.cost_model import BYTES, exchanged_bytes
+from pi_dist.measure.cost_model import BYTES, exchanged_bytes, rebalanced_bytes
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.model.flops import matmul_parameters
 from pi_dist.model.loss import KERNEL_ELEMENTS, tile_rows
@@ -33,6 +33,7 @@ _FIRST_HALF_COPIES = 14
 # gradient, the sums of gradients in fp32, a block's own, and the kernel's workspace.
 _EXACT_COPIES = 23
 # Beyond them, in a ring: keys and values that are held and that arrive, and sums of gradients that arrive.
+# Among other layers two fewer live, as q, k and v do not keep what they were parts of: not counted.
 _RING_COPIES = 7
 _RING_COPIES_OF_TWO = 5  # no keys arrive while others than a rank's own are worked on
 _ULYSSES_COPIES = -2  # what is gathered takes the place of what it was gathered from
@@ -260,13 +261,17 @@ def _kernel_seconds(config: Config, profile: Profile, forwards: float) -> float:
 
 
 def _merge_seconds(config: Config, profile: Profile, forwards: float) -> float:
-    """Of ring attention's sums over its steps, in fp32: out and lse forward, three gradients backward."""
+    """Of ring attention's sums over its steps, in fp32: out and lse forward, three gradients backward.
+
+    Among other layers also of q, k, v and out, and their gradients, which it packs and puts in order.
+    """
     m, t, p = config.model, config.training, config.parallel
     rings = sum(method == "ring" for method in m.methods)
     if rings == 0 or p.sp_degree == 1:
         return 0.0
-    moved = t.micro_batch_size * t.context // p.sp_degree * m.hidden_size * (18 * forwards + 30)
-    return rings * (p.sp_degree - 1) * moved / profile.copy_bytes_per_s
+    moved = (p.sp_degree - 1) * (18 * forwards + 30) + (0 if config.balanced else 28 * (forwards + 1))
+    tokens = t.micro_batch_size * t.context // p.sp_degree
+    return rings * tokens * m.hidden_size * moved / profile.copy_bytes_per_s
 
 
 def compute_seconds(done: Work, profile: Profile) -> float:
@@ -290,7 +295,7 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
 
     A message takes `latency + bytes / rate`. Rows of π and window travel behind the attention to a rank's own
     rows, and are worked on by launches of their own; blocks of a ring behind the attention to the block
-    before; Ulysses and ZeRO wait.
+    before; Ulysses, the exchanges of shards around a ring among other layers, and ZeRO wait.
     """
     m, t, p = config.model, config.training, config.parallel
     forwards = forward_passes(config)
@@ -301,19 +306,19 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
         for layer, method in enumerate(m.methods):  # layers of one pattern send the same
             key = f"{method} {m.strides and m.strides[layer]} {m.schedule == 'doubling' and layer}"
             if key not in by_method:
-                rate, latency = network.of(p.sp_degree, all_at_once=method == "ulysses")
                 sent = exchanged_bytes(config, layer) / t.batch_size * t.micro_batch_size
-                by_method[key] = _layer_wait(config, method, sent, forwards, rate, latency, profile)
+                by_method[key] = _layer_wait(config, method, sent, forwards, network, profile)
             total += by_method[key]
     return micro_steps * num_chunks(t) * total + _zero_seconds(config, world_size, network, micro_steps)
 
 
 def _layer_wait(
-    config: Config, method: str, sent: float, forwards: float, rate: float, latency: float, profile: Profile
+    config: Config, method: str, sent: float, forwards: float, network: Network, profile: Profile
 ) -> float:
     """Seconds that one layer waits in one micro-step (of one chunk), for `sent` bytes of the whole step."""
     t, ranks, passes = config.training, config.parallel.sp_degree, forwards + 1
     chunks = num_chunks(t)
+    rate, latency = network.of(ranks, all_at_once=method == "ulysses")
     if method == "ulysses":
         return 4 * passes * latency + sent / rate
     if method == "ring":
@@ -321,7 +326,11 @@ def _layer_wait(
         compute = exact_flops(config) * (
             forwards / profile.exact_forward_flops_per_s + 2.5 / profile.exact_backward_flops_per_s
         )
-        return max(0.0, steps * latency + sent / rate - compute * (ranks - 1) / ranks)
+        around = rebalanced_bytes(config) * t.micro_batch_size
+        wait = max(0.0, steps * latency + (sent - around) / rate - compute * (ranks - 1) / ranks)
+        if around:
+            wait += 2 * passes * latency + around / network.of(ranks, all_at_once=True)[0]
+        return wait
     calls = 2 * passes  # window rows by send/recv and skip rows by all_to_all
     hidden = _kernel_seconds(config, profile, forwards) / chunks / config.model.num_layers
     edge = passes * latency  # launches for what arrives, short as a message
