@@ -86,7 +86,10 @@ def test_a_record_is_resumed_where_it_ends(gpu):
 
 @pytest.mark.parametrize("name", [name for name in kept_records() if name.startswith("kernels")])
 def test_kept_records_of_kernels_are_whole(name):
-    assert kernel_bench._jobs(kept_records()[name], tuple(kernel_bench.HEADS)) == []
+    """But for FlexAttention with many skips, which was timed on the H100 alone."""
+    left = kernel_bench._jobs(kept_records()[name], tuple(kernel_bench.HEADS))
+    assert all(measure is kernel_bench._measure_peers for measure, _ in left)
+    assert all(case.num_skips >= 16 and name != "kernels_h100" for _, case in left)
 
 
 def test_a_kernel_that_cannot_run_has_a_reason_and_is_not_tried_again(gpu, monkeypatch):

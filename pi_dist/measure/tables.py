@@ -23,6 +23,7 @@ COLUMNS = {
 }
 
 
+OURS = "pi, triton"
 PAGE = Path(__file__).parent / "records" / "README.md"
 
 
@@ -133,11 +134,55 @@ def _kernel_table(rows: list[dict]) -> str:
     names = dict.fromkeys(row["method"] for row in others if row["num_skips"] == 0)
     if names:
         of_window = [row for row in at if row["num_skips"] == 0]
-        by_name = {
-            name: [row for row in of_window if row["method"] == name] for name in ("pi, triton", *names)
-        }
+        by_name = {name: [row for row in of_window if row["method"] == name] for name in (OURS, *names)}
         tables.append(_times(windows, by_name, lambda row: f"{row['ms']:.2f}"))
+        tables.append(_aims_table(rows))
     return "\n\n".join(tables)
+
+
+def _aims_table(rows: list[dict]) -> str:
+    """What was aimed at and what was found, at all lengths: the range, forward / backward, by head_dim."""
+
+    def case(row: dict) -> tuple:
+        return tuple(
+            row[key] for key in ("direction", "head_dim", "tokens", "window", "num_skips", "strides")
+        )
+
+    def narrow(row: dict) -> bool:
+        return row["window"] <= 16 and row["num_skips"] <= 1
+
+    ours = {case(row): row for row in rows if row["method"] == OURS}
+    others = [row for row in rows if row["method"] != OURS]
+    peers = [row | {"times": row["ms"] / ours[case(row)]["ms"]} for row in others]
+    flex = [row for row in peers if row["method"].startswith("flex")]
+    windows = [row for row in peers if row["method"].endswith(", window")]
+    long = [row for row in ours.values() if narrow(row) and row["tokens"] >= 131072]
+    wide = [row for row in ours.values() if row["window"] >= 64 and row["num_skips"] <= 1]
+    many = [row for row in ours.values() if row["num_skips"] >= 16]
+    of_copy, of_floor = ("copy_share", "≥ 0.90 / 0.80"), ("times_floor", "≤ 1.6 / 2")
+    found = [
+        ("of the copy rate, k ≤ 16, M ≤ 1", *of_copy, [row for row in long if row["strides"] == "one"]),
+        ("of the copy rate, strides per head", *of_copy, [row for row in long if row["strides"] != "one"]),
+        ("times the floor, k ≥ 64, M ≤ 1", *of_floor, wide),
+        ("times the floor, M ≥ 16", *of_floor, many),
+        ("FlexAttention's time over ours, k ≤ 16, M ≤ 1", "times", "≥ 5", list(filter(narrow, flex))),
+        ("its time over ours, else", "times", "> 1", [row for row in flex if not narrow(row)]),
+        ("other windows' time over ours", "times", "> 1", windows),
+    ]
+    dims = sorted({row["head_dim"] for row in rows})
+
+    def spread(key: str, of: list[dict]) -> str:
+        both = []
+        for way in ("forward", "backward"):
+            values = sorted(row[key] for row in of if row["direction"] == way)
+            both.append(f"{values[0]:.2f} to {values[-1]:.2f}")
+        return " / ".join(both)
+
+    lines = [
+        [what, aim, *(spread(key, [row for row in of if row["head_dim"] == dim]) for dim in dims)]
+        for what, key, aim, of in found
+    ]
+    return table(["forward / backward", "aim", *(f"heads of {dim}" for dim in dims)], lines)
 
 
 def _times(windows: list[int], columns: dict[str, list[dict]], cell: Callable[[dict], str]) -> str:
