@@ -233,6 +233,10 @@ def test_the_model_is_near_measured_steps():
         )
         if row["cuda_graphs"] is None:  # else the host, which no profile knows, is waited for
             predicted = step_time(config, ranks, profile, Network()).total
+            if again is True:  # these steps computed the MLP's second product again
+                m, tokens = config.model, row["tokens"] * row["batch"] / ranks
+                product = 8.0 * tokens * m.num_layers * m.hidden_size**2
+                predicted += product / (profile.matmul_flops_per_s * profile.matmul_share)
             slow = row["method"] == "ring" and row["tokens"] == 32768  # its blocks are too short
             assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.16 if slow else 0.1), row
     assert found > 60
