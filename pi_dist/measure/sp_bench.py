@@ -112,13 +112,18 @@ def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterato
         if setup.method not in EXACT_METHODS:
             for sp_degree in (p for p in range(num_ranks // 2, 0, -1) if num_ranks % p == 0):
                 yield replace(setup, sp_degree=sp_degree, batch=num_ranks // sp_degree), True
-    if "pi" in methods and num_ranks > 1:
-        wide = Setup(presets[0], "pi", num_ranks, **WIDE)
+    if num_ranks == 1:
+        return
+    shaped = [setup for setup in plain if setup.method == "pi"]
+    for setup in shaped:
         for exchange in ("ring_all_to_all", "all_to_all"):
-            for overlap in ("none", "interior", "pipelined"):
-                mode = replace(wide, overlap=overlap, exchange=exchange, batch=1 + (overlap == "pipelined"))
-                if mode != wide:
-                    yield mode, False
+            for overlap in ("none", "interior"):
+                form = replace(setup, overlap=overlap, exchange=exchange)
+                if form != setup:
+                    yield form, False
+    for wide in shaped[:1]:
+        for exchange in ("ring_all_to_all", "all_to_all"):
+            yield replace(wide, overlap="pipelined", exchange=exchange, batch=2), False
         yield replace(wide, batch=2), False  # what pipelined is compared with
         yield replace(wide, cuda_graphs=False), False
 

@@ -230,8 +230,7 @@ def _sp_table(rows: list[dict]) -> str:
             )
     kept = [n for n, name in enumerate(head) if name == "exposed" or any(line[n] for line in lines)]
     lines = [[line[n] for n in kept] for line in lines]
-    tables = [table([head[n] for n in kept], lines), _forms_table(rows, most)]
-    return "\n\n".join(filter(None, tables))
+    return "\n\n".join([table([head[n] for n in kept], lines), *_forms_tables(rows, most)])
 
 
 def _shared(row: dict) -> bool:
@@ -244,23 +243,23 @@ def _ratio(row: dict | None, last: dict) -> str:
     return f"{pair[0]['ms'] / pair[1]['ms']:.1%}" if len(pair) == 2 else ""
 
 
-def _forms_table(rows: list[dict], num_ranks: int) -> str:
-    """ms a step and share of it that is exposed exchange, by form; a column a context."""
+def _forms_tables(rows: list[dict], num_ranks: int) -> list[str]:
+    """ms a step and share of it that is exposed exchange, by form; a column a context, a table a model."""
     timed = [row for row in rows if row["world_size"] == num_ranks and row["ms"] and row["num_skips"]]
     timed = [row for row in timed if _shared(row)]
     others = [row for row in timed if _form(row) != ("interior", "ring_all_to_all", 1)]
-    if not others:
-        return ""
-    what, contexts = _model_of(others[0]), sorted({row["tokens"] for row in others})
-    at = {(_form(row), row["tokens"]): row for row in timed if _model_of(row) == what}
-    lines = []
-    for overlap, exchange, batch in sorted({form for form, _ in at}, key=lambda form: (form[2], form)):
-        found = [at.get(((overlap, exchange, batch), n)) for n in contexts]
-        cells = [f"{row['ms']:,.1f} ({row['exposed_share'] or 0:.1%})" if row else "" for row in found]
-        lines.append([overlap, exchange, str(batch), *cells])
-    return table(
-        [f"{', '.join(what)}: overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)], lines
-    )
+    tables = []
+    for what in dict.fromkeys(map(_model_of, others)):
+        contexts = sorted({row["tokens"] for row in others if _model_of(row) == what})
+        at = {(_form(row), row["tokens"]): row for row in timed if _model_of(row) == what}
+        lines = []
+        for overlap, exchange, batch in sorted({form for form, _ in at}, key=lambda form: (form[2], form)):
+            found = [at.get(((overlap, exchange, batch), n)) for n in contexts]
+            cells = [f"{row['ms']:,.1f} ({row['exposed_share'] or 0:.1%})" if row else "" for row in found]
+            lines.append([overlap, exchange, str(batch), *cells])
+        head = [f"{', '.join(what)}: overlap", "exchange", "sequences", *(f"{n:,}" for n in contexts)]
+        tables.append(table(head, lines))
+    return tables
 
 
 def _form(row: dict) -> tuple[str, str, int]:
