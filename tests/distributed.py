@@ -6,8 +6,10 @@ rank that raises, dies or hangs fails the test with its traceback; nothing survi
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import traceback
@@ -20,9 +22,12 @@ import torch.distributed as dist
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Below those that systems give to connections, so that none takes it before someone listens there."""
+    while True:
+        port = 10_000 + secrets.randbelow(6_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 def _serve(rank: int, world_size: int, port: int, backend: str, timeout_s: float, pipe: Connection) -> None:

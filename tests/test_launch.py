@@ -255,7 +255,11 @@ def two_torchruns(config: Config, folder: Path, environments: list[dict[str, str
             command = [*torchrun, "-m", "pi_dist", "train", f"--config={folder / 'c.yaml'}"]
             with (folder / f"log-{node}").open("a") as log:
                 started.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
-        return [process.wait(timeout=150) for process in started]
+        try:
+            return [process.wait(timeout=150) for process in started]
+        except subprocess.TimeoutExpired as error:
+            said = [(folder / f"log-{node}").read_text() for node in range(len(environments))]
+            raise AssertionError("\n".join(said)) from error
     finally:
         for process in started:
             process.kill()  # its rank ends then by itself
