@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.shared import print_or_write, sizes
-from pi_dist.config import ConfigError
+from pi_dist.config import ConfigError, UserError
 
 UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
 
@@ -148,6 +149,10 @@ def _sp(arguments: Namespace) -> bool:
         trace=arguments.trace,
     )
     if arguments.plot is not None and is_last_rank():  # which wrote the trace
+        if not Path(arguments.trace).exists():
+            raise UserError(
+                f"bench sp: nothing was left to measure, so there is no {arguments.trace} to draw"
+            )
         draw_timeline(arguments.trace, arguments.plot)
     return complete
 

@@ -52,9 +52,9 @@ def config_of(arguments: Namespace) -> Config:
 
 
 def sizes(name: str, text: str) -> list[int]:
-    """Numbers with commas between them."""
-    if not all(part.strip().isdigit() for part in text.split(",")):
-        raise ConfigError(f"{name}: numbers with commas between them, not {text!r}")
+    """Numbers from 1 on with commas between them."""
+    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
+        raise ConfigError(f"{name}: numbers from 1 on with commas between them, not {text!r}")
     return [int(part) for part in text.split(",")]
 
 

@@ -51,6 +51,7 @@ from pi_dist.training.deepspeed_engine import Engine
 METHODS: tuple[Method, ...] = ("pi", "window", "ring", "ulysses", "dense")
 MODES_AT = (32768, 131072, 262144)  # contexts at which every form of the exchange is timed
 SLOWEST_MS = 60_000.0  # a step expected to be slower is predicted
+TIMEOUT_S = 180.0  # of a collective
 TIMED_STEPS = 9
 TIMED_S = 8.0  # fewer steps where they would take longer than this, but at least one
 PROFILED_STEPS = 3  # one wait of a rank for another makes a single step's exposed time meaningless
@@ -250,7 +251,7 @@ def bench(
             f"bench sp: ranks ({ranks}) == 1 for dense, > 1 for ring and ulysses, does not hold "
             f"for methods ({', '.join(methods)})"
         )
-    mesh = make_mesh(ranks, start(device, 180.0))
+    mesh = make_mesh(ranks, start(device, TIMEOUT_S), TIMEOUT_S)
     meshes = {ranks: mesh}
     precision = "bf16" if mesh.device.type == "cuda" else "fp32"
     settings = {"precision": precision, "activation_checkpointing": True, "data": "random tokens"}
@@ -258,7 +259,7 @@ def bench(
     complete = True
     for setup, everywhere in wanted_setups:
         if setup.sp_degree not in meshes:
-            meshes[setup.sp_degree] = make_mesh(setup.sp_degree, mesh.device)
+            meshes[setup.sp_degree] = make_mesh(setup.sp_degree, mesh.device, TIMEOUT_S)
         wanted = [n for n in sorted(contexts) if everywhere or n in MODES_AT or n == min(contexts)]
         wanted = [n * setup.sp_degree // ranks for n in wanted]
         done = {row["tokens"] for row in _rows_of(record, setup, ranks)}
