@@ -10,12 +10,18 @@ from pi_dist.config import ModelConfig
 from pi_dist.measure.reach import report
 from pi_dist.model import attention
 from pi_dist.model.attention import Gate, SequenceContext
-from pi_dist.model.flops import mean_pairs, recomputed_flops_per_token, training_flops_per_token
+from pi_dist.model.flops import (
+    keys_flops_per_token,
+    mean_pairs,
+    recomputed_flops_per_token,
+    training_flops_per_token,
+)
 from pi_dist.model.loss import IGNORE
 from pi_dist.model.rotary import rotary_table, rotate
 from pi_dist.model.transformer import Pieces, PiTransformer, gelu, second_half
 from pi_dist.ops.oracle import neighbour_masks, pi_attention_oracle
 from pi_dist.ops.pattern import layer_patterns
+from pi_dist.parallel.kept_keys import KeptKeys, Placement
 
 TINY = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, vocab_size=23, window=2, stride=5
@@ -441,16 +447,30 @@ def test_flops_are_those_of_the_matrices_and_the_pairs(changes):
     assert training_flops_per_token(config, 4096) == pytest.approx(expected)
 
 
-def pairs_by_enumeration(config, context):
+def pairs_by_enumeration(config, context, patterns=None):
     """Query-key pairs of one sequence, over layers and heads: sets of keys as defined, no formula."""
     pairs = 0
-    for pattern in layer_patterns(config, context):
+    for pattern in patterns or layer_patterns(config, context):
         for stride in pattern.head_strides(config.num_heads):
             for i in range(context):
                 keys = {i - o for o in range(0 if pattern.include_self else 1, pattern.window + 1)}
                 keys |= {i - m * stride for m in range(1, pattern.num_skips + 1)}
                 pairs += len([j for j in keys if j >= 0])
     return pairs
+
+
+def counted_keys_pass(config, context):
+    """FLOPs a token that PyTorch counts in a pass for keys, and those of pairs of all layers but the last."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton; see test_kernels.py
+
+    kept = {layer: KeptKeys(2 * context, context, True, Placement()) for layer in range(config.num_layers)}
+    model = PiTransformer(config, context)
+    tokens = torch.randint(0, 23, (1, context), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as keys, torch.no_grad():
+        model(tokens, context=SequenceContext(kept=kept), head=False)
+    patterns = layer_patterns(config, context)
+    pairs = pairs_by_enumeration(config, context) - pairs_by_enumeration(config, context, patterns[-1:])
+    return keys.get_total_flops() / context + 4 * config.head_dim * pairs / context
 
 
 @pytest.mark.parametrize(
@@ -485,6 +505,9 @@ def test_flops_are_what_pytorch_counts(changes):
     expected = batch * context * recomputed_flops_per_token(config, context)
     assert recomputed == pytest.approx(expected, rel=1e-12)
 
+    assert keys_flops_per_token(config, context) == pytest.approx(
+        counted_keys_pass(config, context), rel=1e-12
+    )
     heads = (config.num_heads, config.kv_heads, config.kv_heads)
     q, k, v = (torch.randn(1, context, h, config.head_dim, requires_grad=True) for h in heads)
     with FlopCounterMode(display=False) as dense:

@@ -18,7 +18,7 @@ from pi_dist.config import Config, UserError, compiles, num_chunks, replays_grap
 from pi_dist.data.shards import ShardIndex
 from pi_dist.measure.reach import report
 from pi_dist.model.flops import (
-    forward_flops_per_token,
+    keys_flops_per_token,
     recomputed_flops_per_token,
     training_flops_per_token,
 )
@@ -64,8 +64,8 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
     recomputed = 0.0
     if t.activation_checkpointing is True:
         recomputed += recomputed_flops_per_token(model, t.context)
-    if num_chunks(t) > 1:  # all chunks but the last are worked on twice
-        recomputed += forward_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
+    if num_chunks(t) > 1:  # all chunks but the last make their keys first
+        recomputed += keys_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
     rate = tokens / seconds / world_size / peak if peak and t.precision == "bf16" else None
     reach = report(model, t.context)
     cuda = device_type(config) == "cuda"

@@ -15,7 +15,7 @@ from pi_dist.model.rotary import split_projection
 from pi_dist.ops.dropout import derive_seed
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.parallel.kept_keys import KeptKeys
-from pi_dist.parallel.pi_attention import sequence_parallel_pi_attention
+from pi_dist.parallel.pi_attention import keep_keys, sequence_parallel_pi_attention
 from pi_dist.parallel.ring_attention import ring_attention
 from pi_dist.parallel.ulysses import ulysses_attention
 
@@ -85,6 +85,22 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """What `projection` gives to [B, m, d]: the operator, and the exchange of keys with other ranks."""
         return self._operator(*self.split(projected, table), context).flatten(2)
+
+    def keep_keys(
+        self, projected: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], context: SequenceContext
+    ) -> None:
+        """Of `attend` what later chunks need."""
+        _, k, v, _ = split_projection(projected, table, self.config.num_heads, self.config.kv_heads)
+        keep_keys(
+            k,
+            v,
+            self.config.num_heads,
+            self.pattern,
+            context.group,
+            fused_exchange=context.fused_exchange,
+            kept=context.kept[self.layer],
+            chunk=context.chunk,
+        )
 
     def _operator(
         self,

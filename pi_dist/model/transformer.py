@@ -85,7 +85,12 @@ class Block(nn.Module):
         table: tuple[torch.Tensor, torch.Tensor],
         context: SequenceContext,
         pieces: Pieces,
+        keys_only: bool = False,
     ) -> torch.Tensor:
+        """The next block's x; keys_only: nobody reads that, and only the keys of a chunk are wanted."""
+        if keys_only:
+            self.attention.keep_keys(pieces.before(self, x.detach()), table, context)
+            return x
         if self.mlp_tile_tokens is not None:
             return self.feed_forward(self.attend(x, table, context, pieces), pieces)
         only_gradients = self.recomputed and torch.is_grad_enabled()
@@ -241,8 +246,8 @@ class PiTransformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, tokens: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Final hidden states [B, m, d] of tokens [B, m]."""
+    def hidden(self, tokens: torch.Tensor, context: SequenceContext, head: bool = True) -> torch.Tensor:
+        """Final hidden states [B, m, d] of tokens [B, m]; without the head, what the last block sees."""
         x = self.embedding(tokens)
         table = rotary_table(
             context.starts, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
@@ -253,7 +258,7 @@ class PiTransformer(nn.Module):
             for block in self.blocks:
                 arguments = (x, table, context, self.pieces)
                 if not recompute:
-                    x = block(*arguments)
+                    x = block(*arguments, keys_only=not head and block is self.blocks[-1])
                     continue
                 tiled = block.mlp_tile_tokens is not None  # then its second half recomputes itself
                 # nothing in a block draws from a global generator: dropout is keyed by position
@@ -261,7 +266,7 @@ class PiTransformer(nn.Module):
                     block.attend if tiled else block, *arguments, use_reentrant=True, preserve_rng_state=False
                 )
                 x = block.feed_forward(x, self.pieces) if tiled else x
-        return self.norm(x)
+        return self.norm(x) if head else x
 
     def forward(
         self,
@@ -272,9 +277,9 @@ class PiTransformer(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, m, V], or with labels [B, m] (already shifted; -100: none) the summed loss in nats.
 
-        Without the head the final hidden states [B, m, d]: a pass for the keys that it leaves in `context`.
+        Without the head a pass, without gradients, for the keys of a chunk that it leaves in `context`.
         """
-        x = self.hidden(tokens, context or SequenceContext())
+        x = self.hidden(tokens, context or SequenceContext(), head)
         if not head:
             return x
         if labels is None:

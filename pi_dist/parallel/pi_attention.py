@@ -20,7 +20,7 @@ from pi_dist.ops.pi_attention import (
     pi_attention,
 )
 from pi_dist.ops.spec import AttentionSpec, Run
-from pi_dist.parallel.exchange_plan import count_rows, make_plan
+from pi_dist.parallel.exchange_plan import ExchangePlan, count_rows, make_plan
 from pi_dist.parallel.kept_keys import KeptKeys
 from pi_dist.parallel.key_exchange import start_exchange, start_return
 
@@ -86,19 +86,7 @@ def sequence_parallel_pi_attention(
     check_options(**options)
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap ({overlap!r}) in {OVERLAPS} does not hold")
-    plan = make_plan(
-        pattern,
-        q.shape[2],
-        k.shape[2],
-        seq_len,
-        num_ranks,
-        0 if group is None else dist.get_rank(group),
-        fused_exchange,
-        None if kept is None else kept.chunk_tokens,
-        chunk,
-    )
-    if q.shape[1] != count_rows([plan.shard]):
-        raise ValueError(f"query length ({q.shape[1]}) == that of {plan.shard} of the chunk does not hold")
+    plan = _plan(pattern, q.shape[2], k, group, fused_exchange, kept, chunk)
     if kept is not None:
         if overlap == "pipelined":
             raise ValueError("overlap ('pipelined') == 'interior' or 'none' does not hold in chunks")
@@ -117,6 +105,49 @@ def sequence_parallel_pi_attention(
     return _SequenceParallelPiAttention.apply(
         q, k, v, gate, labels, spec, plan, group, overlap, kept, backend_functions(backend, q)
     )
+
+
+def keep_keys(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_heads: int,
+    pattern: PiPattern,
+    group: dist.ProcessGroup | None,
+    *,
+    fused_exchange: bool,
+    kept: KeptKeys,
+    chunk: int,
+) -> None:
+    """Keep a chunk's k and v [B, m, H_kv, D] for later ones, of a layer whose output nobody reads."""
+    plan = _plan(pattern, num_heads, k, group, fused_exchange, kept, chunk)
+    kept.keep(plan, k.detach(), v.detach(), pattern)
+
+
+def _plan(
+    pattern: PiPattern,
+    num_heads: int,
+    k: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    fused_exchange: bool,
+    kept: KeptKeys | None,
+    chunk: int,
+) -> ExchangePlan:
+    """Of a shard of a sequence, or of the chunk of one."""
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+    plan = make_plan(
+        pattern,
+        num_heads,
+        k.shape[2],
+        num_ranks * k.shape[1] if kept is None else kept.seq_len,
+        num_ranks,
+        0 if group is None else dist.get_rank(group),
+        fused_exchange,
+        None if kept is None else kept.chunk_tokens,
+        chunk,
+    )
+    if k.shape[1] != count_rows([plan.shard]):
+        raise ValueError(f"tokens ({k.shape[1]}) == those of {plan.shard} of the chunk does not hold")
+    return plan
 
 
 def _labels(labels: torch.Tensor | None, shard: Run, spec: AttentionSpec):
