@@ -60,6 +60,15 @@ if [[ -n "${HOSTFILE:-}" ]]; then
         over_ssh=yes
     fi
 fi
+# where rank 0 will listen; over ssh that is on another node, perhaps
+if [[ -z "$over_ssh" && "${NODE_RANK:-0}" == 0 ]]; then
+    address="127.0.0.1" port="${MASTER_PORT:-29500}"
+    if [[ -n "${NODE_RANK:-}" ]]; then address="$MASTER_ADDR"; fi
+    if (: <"/dev/tcp/$address/$port") 2>/dev/null; then
+        echo "launch/deepspeed.sh: port $port of $address is taken; set MASTER_PORT to another (the same on all nodes)" >&2
+        exit 2
+    fi
+fi
 if [[ -n "${MASTER_PORT:-}" ]]; then where+=(--master_port "$MASTER_PORT"); fi
 
 bash "$root/launch/install.sh"

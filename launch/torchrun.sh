@@ -47,7 +47,7 @@ if [[ "${NNODES:-1}" != 1 ]]; then
         fail "MASTER_ADDR: $MASTER_ADDR resolves to $address, which other nodes cannot reach; see /etc/hosts"
     fi
     if [[ -z "$which" && "$NODE_RANK" == 0 ]] && (: <"/dev/tcp/$address/$MASTER_PORT") 2>/dev/null; then
-        fail "MASTER_PORT: port $MASTER_PORT of $MASTER_ADDR is taken"
+        fail "MASTER_PORT: port $MASTER_PORT of $MASTER_ADDR is taken; choose another, the same on all nodes"
     fi
     if [[ -n "$which" ]]; then
         where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")

@@ -379,6 +379,15 @@ def test_torchrun_with_c10d_rendezvous_starts_again_when_a_rank_is_killed(launch
     assert "resuming at step 4 from" in log
 
 
+def test_deepspeeds_launcher_refuses_a_port_that_is_taken(launch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        (process,) = launch("deepspeed.sh", 1, {"MASTER_PORT": port})
+        assert process.wait(timeout=30) == 2
+    said = (tmp_path / "log-0").read_text()
+    assert said.startswith(f"launch/deepspeed.sh: port {port} of 127.0.0.1 is taken; set MASTER_PORT"), said
+
+
 @pytest.mark.parametrize("address", ["127.0.1.1", "10.0.0.1"])
 def test_a_name_that_other_hosts_cannot_reach_is_refused(monkeypatch, address):
     monkeypatch.setattr(process_group.socket, "gethostbyname", lambda _: address)
