@@ -5,6 +5,9 @@
 #   bash launch/mpirun.sh 2 launch/configs/quickstart.yaml --training.steps=100
 #
 # Uses the mpirun of .venv (extra `mpi`), else the system's; installs that extra where there is neither.
+# Several nodes without an allocation, with Open MPI 5: set PRTE_MCA_prte_default_hostfile to a file with one line
+# `NAME slots=N` for each. It reaches the others with ssh without a password (another program: PRTE_MCA_plm_ssh_agent);
+# this folder must be at the same place there, and the first node's own name must resolve to an address others can reach.
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank. Overrides: see `pi-dist train --help`.
 # SIGTERM, SIGHUP, SIGINT (Ctrl-C) or SIGUSR1 to this script: the run saves at the next step boundary and ends with 0.
 set -euo pipefail

@@ -130,6 +130,77 @@ def test_mpirun(launch, expected, tmp_path):
     assert losses(tmp_path / "run") == expected
 
 
+@pytest.fixture
+def two_hosts(tmp_path):
+    """`two_hosts(host, command)`: a command line on `host1` or `host2`, which are network namespaces.
+
+    A script in the test's folder that does it, as ssh would.
+    """
+    names = [f"pi-mpi-{os.getpid()}-host{number}" for number in (1, 2)]
+    probe = subprocess.run(["unshare", "-mnu", "true"], stderr=subprocess.DEVNULL)
+    if os.geteuid() != 0 or probe.returncode or not shutil.which("ip"):
+        pytest.skip("hosts need root and network namespaces")
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.78.0.1 host1\n10.78.0.2 host2\n")
+    agent = tmp_path / "agent"
+    enter = f'mount --bind {tmp_path}/hosts /etc/hosts && hostname "$0" && exec bash -c "$1"'
+    agent.write_text(
+        f"""#!/usr/bin/env bash
+exec nsenter --net="/run/netns/pi-mpi-{os.getpid()}-$1" unshare -mu --propagation private \\
+    bash -c '{enter}' "$1" "${{*:2}}"
+"""
+    )
+    agent.chmod(0o755)
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        link = ["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1]]
+        subprocess.run(["ip", "-n", names[0], *link], check=True)
+        for number, name in enumerate(names, 1):
+            for change in (
+                ["addr", "add", f"10.78.0.{number}/24", "dev", "eth0"],
+                ["link", "set", "eth0", "up"],
+                ["link", "set", "lo", "up"],
+            ):
+                subprocess.run(["ip", "-n", name, *change], check=True)
+        yield agent
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+
+
+def test_mpirun_on_two_hosts(two_hosts, corpus, expected, tmp_path):
+    """Hosts are network namespaces, and the agent that enters them stands for ssh."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, socket\n"
+        "if 'OMPI_COMM_WORLD_RANK' in os.environ:\n"
+        f"    said = pathlib.Path({str(tmp_path)!r}, 'rank-' + os.environ['OMPI_COMM_WORLD_RANK'])\n"
+        "    said.write_text(socket.gethostname())\n"
+    )
+    (tmp_path / "nodes").write_text("host1 slots=1\nhost2 slots=1\n")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_for(corpus, tmp_path / "run").to_dict()))
+    environment = {
+        "PRTE_MCA_plm_ssh_agent": str(two_hosts),
+        "PRTE_MCA_prte_default_hostfile": str(tmp_path / "nodes"),
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+    }
+    command = f"bash {ROOT}/launch/mpirun.sh 2 {tmp_path}/c.yaml"
+    done = subprocess.run(
+        [two_hosts, "host1", command],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["host1", "host2"]
+    assert losses(tmp_path / "run") == expected
+    alone = config_for(corpus, tmp_path / "alone")
+    with Ranks(1) as ranks:
+        parallel = dataclasses.replace(alone.parallel, sp_degree=1)
+        ranks.run(train, dataclasses.replace(alone, parallel=parallel))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
 def test_deepspeeds_launcher_on_one_node(launch, expected, tmp_path):
     finish(launch("deepspeed.sh", 2, {"MASTER_PORT": str(free_port())}), tmp_path)
     assert losses(tmp_path / "run") == expected
