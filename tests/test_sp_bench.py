@@ -184,7 +184,7 @@ def test_the_time_of_a_row_is_expected_from_the_context_before():
     exact, linear = (sp_bench.Setup("tiny", method, 2, 4, 16, 0) for method in ("ring", "window"))
     assert sp_bench.expected_s(rows, exact, 400) == pytest.approx(5 * 16)
     assert sp_bench.expected_s(rows, linear, 400) == pytest.approx(5 * 8)
-    assert sp_bench.expected_s(rows, linear, 200) == pytest.approx(4 * 2 + 8)
+    assert sp_bench.expected_s(rows, linear, 200) == pytest.approx((3 + 3) * 2 + 8)
     assert sp_bench.expected_s(rows, linear, 100) == 0
 
 

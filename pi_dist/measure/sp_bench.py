@@ -55,7 +55,7 @@ TIMEOUT_S = 180.0  # of a collective
 TIMED_STEPS = 9
 TIMED_S = 8.0  # fewer steps where they would take longer than this, but at least one
 PROFILED_STEPS = 3  # one wait of a rank for another makes a single step's exposed time meaningless
-OTHER_STEPS = 4  # of a row: one whose bytes are counted, one that is captured, one replayed, one profiled
+OTHER_STEPS = 3  # of a row: one whose bytes are counted, one that is captured, one replayed
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def measure(
     dist.all_reduce(total)
     profiles = []
     if cuda:
-        profiles = [kernels_of(steps.one) for _ in range(max(1, min(PROFILED_STEPS, number)))]
+        profiles = [kernels_of(steps.one) for _ in range(_profiled_steps(number))]
     row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
         "bytes_sent": round(total.item() / mesh.world_size / layers),
         "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
@@ -182,6 +182,11 @@ def measure(
         found = [[most(x, mesh), -most(-x, mesh)] for x in computes]
         row |= dict(zip(("compute_ms", "least_compute_ms"), _medians(found), strict=True))
     return row, profiles[-1] if cuda else []
+
+
+def _profiled_steps(timed: int) -> int:
+    """How many, of a row of which so many are timed."""
+    return max(1, min(PROFILED_STEPS, timed))
 
 
 def _medians(found: list[list[float]]) -> list[float | None]:
@@ -211,7 +216,8 @@ def expected_s(rows: list[dict[str, Any]], setup: Setup, tokens: int) -> float:
         return 0.0
     ratio = tokens / known[-1]["tokens"]
     step_s = known[-1]["ms"] / 1e3 * ratio ** (2 if setup.method in EXACT_METHODS else 1)
-    return OTHER_STEPS * step_s + max(TIMED_S, step_s)
+    others = OTHER_STEPS + _profiled_steps(int(TIMED_S / step_s))
+    return others * step_s + max(TIMED_S, step_s)
 
 
 def _rows_of(record: Record, setup: Setup, world_size: int) -> list[dict[str, Any]]:

@@ -194,7 +194,8 @@ def kept_rows(config: Config, profile: Profile) -> KeptPlan:
 def forward_passes(config: Config) -> float:
     """How often a block is computed in one step: again where its backward pass recomputes it all.
 
-    In chunks once more, but not the last one: for the rows that are kept of it.
+    In chunks once more, but not the last one: for the rows that are kept of it. (Of the last layer that pass
+    makes no more than those, which is not counted here: it is a layer's share too much.)
     """
     passes = 2.0 if config.training.activation_checkpointing is True else 1.0
     return passes + 1 - 1 / num_chunks(config.training)
