@@ -1,4 +1,4 @@
-"""The same checks as on gloo, on two GPUs over NCCL. Skipped, with the reason, where there are none.
+"""The same checks as on gloo, on two and four GPUs over NCCL. Skipped, with the reason, where there are none.
 
 Or on two nodes with a GPU each, by torchrun."""
 
@@ -22,6 +22,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 @pytest.fixture(scope="module")
 def pair():
     with Ranks(2, backend="nccl", timeout_s=COMPILING_S) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four():
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs")
+    with Ranks(4, backend="nccl", timeout_s=COMPILING_S) as ranks:
         yield ranks
 
 
@@ -52,7 +60,19 @@ def test_every_method_equals_one_process(pair, method, activation_checkpointing,
     model = replace(test_training_parity.MODEL, method=method, attention_dropout=0.0)
     options = {"activation_checkpointing": activation_checkpointing, "precision": precision}
     found = pair.run(test_training_parity.on_a_rank, 2, [1, 2, 3], options, False, "cuda", model)
-    test_training_parity.check(found, tolerance=1e-5 if precision == "fp32" else 0.06, model=model)
+    if precision == "fp32":
+        test_training_parity.check(found, model=model)
+    else:
+        test_training_parity.check_bf16(pair, found, model, "cuda")
+
+
+@pytest.mark.parametrize("sp", [4, 2])
+@pytest.mark.parametrize("method", ["pi", "window", "ring", "ulysses", ["pi", "ring"]], ids=str)
+def test_four_ranks_equal_one_process(four, method, sp):
+    """One sequence over all of them, and two replicas of two."""
+    model = replace(test_training_parity.MODEL, num_kv_heads=4, method=method, attention_dropout=0.0)
+    found = four.run(test_training_parity.on_a_rank, sp, [1, 2, 3], {}, False, "cuda", model)
+    test_training_parity.check(found, model=model)
 
 
 @pytest.mark.parametrize(("overlap", "chunk_tokens"), [("pipelined", None), ("interior", 8), ("none", None)])
@@ -67,14 +87,14 @@ def test_compiled_blocks_equal_one_process(pair, stage):
     """In bf16 parameters of a layer start at other multiples of 16 bytes, or none, than those of another."""
     options = {"precision": "bf16", "compile": True}
     found = pair.run(test_training_parity.on_a_rank, 2, [stage], options, False, "cuda")
-    test_training_parity.check(found, tolerance=0.06)
+    test_training_parity.check_bf16(pair, found, device="cuda")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_gradients_stay_within_the_error_of_bf16(pair, stage):
     """With dropout too."""
     found = pair.run(test_training_parity.on_a_rank, 2, [stage], {"precision": "bf16"}, False, "cuda")
-    test_training_parity.check(found, tolerance=0.06)
+    test_training_parity.check_bf16(pair, found, device="cuda")
 
 
 @pytest.mark.parametrize("documents", [False, True])
