@@ -327,7 +327,7 @@ def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
         "in chunks": ("-.", lambda row: row["chunk_tokens"] is not None),
     }
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
         for axes, key, title in zip(panels, ("tokens_per_s", "mfu"), ("tokens/s", "MFU"), strict=True):
             for preset, colour in zip(presets, _RANK_COLOURS, strict=False):
                 for policy, (style, belongs) in policies.items():
@@ -347,7 +347,9 @@ def draw_steps(record: str | os.PathLike, path: str | os.PathLike) -> None:
             axes.set_ylim(bottom=0)
             axes.set_xlabel("tokens of a sequence")
             axes.set_title(title, **_HEADING)
-        panels[0].legend(fontsize=7, frameon=False)
+        lines, names = panels[0].get_legend_handles_labels()
+        places = {"loc": "outside lower center", "ncols": len(presets)}
+        figure.legend(lines, names, fontsize=7, frameon=False, **places)
         figure.suptitle(f"{content['device']}: one optimizer step")
         save(figure, path)
         plt.close(figure)

@@ -38,7 +38,7 @@ from pi_dist.training.optimizer import guard_update, make_optimizer
 
 TOKENS = 32768  # of a step, at least
 COMPARED_AT = 32768  # the context of the other engine, the other pattern and eager blocks
-CHUNK_TOKENS = {"small": 131072, "medium": 65536, "large": 16384}  # that a GPU of 80 GB has the memory for
+CHUNK_TOKENS = {"small": 131072, "medium": 65536, "large": 32768}  # that a GPU of 80 GB has the memory for
 TIMED_STEPS = 5
 SLOWEST_S = 360.0  # a step expected to take longer is not made
 Recompute = Literal["selective"] | bool

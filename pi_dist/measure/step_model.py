@@ -23,7 +23,7 @@ _LIVE_PARAMETERS = 1_000_000_000  # that ZeRO 3 gathers at most ahead of their u
 _LOGIT_MOVES = 6  # times that each is read or written: by three products, and by the loss
 # what a block keeps for its backward pass, in copies of its input; measured of the small model, nothing
 # recomputed, and of the medium one, all but matrix products and attention
-_SAVED_COPIES, _PRODUCT_COPIES = 18.2, 13.8
+_SAVED_COPIES, _PRODUCT_COPIES = 18.2, 12.0
 # Of a block's copies, those that only its backward pass makes: of the wide MLP and inputs.
 _GRADIENT_COPIES = 6
 # Copies in the backward pass of the first half of a block, by its code: input, norm, projection, rotary q and
@@ -31,11 +31,11 @@ _GRADIENT_COPIES = 6
 _FIRST_HALF_COPIES = 14
 # Copies in the backward pass of dense attention, by its code: q, k, v and what they are parts of, out and its
 # gradient, the sums of gradients in fp32, a block's own, and the kernel's workspace.
-_EXACT_COPIES = 23
+_EXACT_COPIES = 24
 # Beyond them, in a ring: keys and values that are held and that arrive, and sums of gradients that arrive.
 # Among other layers two fewer live, as q, k and v do not keep what they were parts of: not counted.
-_RING_COPIES = 7
-_RING_COPIES_OF_TWO = 5  # no keys arrive while others than a rank's own are worked on
+_RING_COPIES = 9
+_RING_COPIES_OF_TWO = 7  # no keys arrive while others than a rank's own are worked on
 _ULYSSES_COPIES = -2  # what is gathered takes the place of what it was gathered from
 _INPUTS_HERE = 3  # of blocks, where the rest are in host memory: one that leaves, one in use, one that comes
 _STATE_BYTES = 28  # read and written by AdamW for each parameter of a partition

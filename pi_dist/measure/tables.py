@@ -200,7 +200,8 @@ def _sp_table(rows: list[dict]) -> str:
     """Steps on one GPU and on several, then the forms of the exchange.
 
     Weak scaling: the step on one GPU with a P-th of the tokens over that on P. Apart: the step of P GPUs that
-    each have a sequence of a P-th of the tokens over that on P: what the exchange leaves.
+    each have a sequence of a P-th of the tokens over that on P: what the exchange leaves. Slower: by how much
+    of the step the kernels of the slowest GPU take longer than those of the fastest, which waits as long.
     """
     plain = [row for row in rows if _shared(row) and _form(row) == ("interior", "ring_all_to_all", 1)]
     ranks = sorted({row["world_size"] for row in plain})
@@ -211,26 +212,32 @@ def _sp_table(rows: list[dict]) -> str:
         if (row["world_size"], row.get("sp_degree")) == (most, 1)
     }
     head = ["model", "method", "context", "reach", *(f"{p} GPU{'s' * (p > 1)}" for p in ranks)]
-    head += ["weak scaling", f"of {most} apart", "exposed"]
+    head += ["weak scaling", f"of {most} apart", "exposed", "slower"]
     lines = []
     for what in dict.fromkeys(map(_model_of, plain)):
         mine = {(row["tokens"], row["world_size"]): row for row in plain if _model_of(row) == what}
         largest = max(p for _, p in mine)
         for tokens in sorted(tokens for tokens, p in mine if p == largest):
             found, last = [mine.get((tokens, p)) for p in ranks], mine[tokens, largest]
-            share = last.get("exposed_share") if largest > 1 else None
+            shares = [last.get("exposed_share"), _slower(last)] if largest > 1 else [None, None]
             lines.append(
                 [
                     *(*what, f"{tokens:,}", f"{last['reach']:,}" if "reach" in last else ""),
                     *map(_step_cell, found),
                     _ratio(mine.get((tokens // largest, 1)) if largest > 1 else None, last),
                     _ratio(apart.get((what, tokens)), last),
-                    "" if share is None else f"{share:.1%}",
+                    *("" if share is None else f"{share:.1%}" for share in shares),
                 ]
             )
     kept = [n for n, name in enumerate(head) if name == "exposed" or any(line[n] for line in lines)]
     lines = [[line[n] for n in kept] for line in lines]
     return "\n\n".join([table([head[n] for n in kept], lines), *_forms_tables(rows, most)])
+
+
+def _slower(row: dict) -> float | None:
+    if row.get("compute_ms") is None:
+        return None
+    return (row["compute_ms"] - row["least_compute_ms"]) / row["ms"]
 
 
 def _shared(row: dict) -> bool:
