@@ -82,6 +82,17 @@ def test_every_method_and_mode_is_measured_and_sends_what_its_formula_says(recor
     assert {row["reach"] for row in rows if row["method"] == "ring"} == {255, 511}
 
 
+def test_replicas_of_two_ranks_send_what_their_formula_says(tmp_path):
+    """A replica has a part of the batch."""
+    path = tmp_path / "sp.json"
+    with Ranks(4) as ranks:
+        assert ranks.run(run_bench, str(path), [512], ["window"])[0] == (True, 0)
+    rows = rows_of(path)
+    assert [(row["sp_degree"], row["batch"]) for row in rows] == [(4, 1), (2, 2), (1, 4)]
+    assert all(row["bytes_sent"] == row["bytes_formula"] for row in rows), rows
+    assert [row["bytes_sent"] > 0 for row in rows] == [True, True, False]
+
+
 def test_a_record_is_resumed_and_takes_the_baseline_of_one_rank(record):
     before = rows_of(record)
     with Ranks(2) as ranks:

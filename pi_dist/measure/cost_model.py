@@ -61,7 +61,9 @@ def rebalanced_bytes(config: Config) -> float:
 
 
 def exchanged_bytes(config: Config, layer: int) -> float:
-    """Bytes that a rank sends for one layer in one optimizer step of one replica, mean over its ranks.
+    """Bytes that a rank sends for one layer in one optimizer step, if its replica has the whole batch.
+
+    The mean over the replica's ranks.
 
     Forward (again where activations are recomputed) and backward. Segment ids, which travel once for all
     layers, and ZeRO's traffic are not among them.

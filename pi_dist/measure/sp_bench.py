@@ -155,7 +155,8 @@ def measure(
         first = steps.timed()
     number = min(TIMED_STEPS, int(TIMED_S / first))
     seconds = median([steps.timed() for _ in range(number)] or [first])
-    layers = config.model.num_layers
+    layers, replicas = config.model.num_layers, mesh.dp_degree
+    formula = sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers / replicas
     total = torch.tensor(float(sum(map(sum, sent.values()))), dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
     profiles = []
@@ -163,7 +164,7 @@ def measure(
         profiles = [kernels_of(steps.one) for _ in range(_profiled_steps(number))]
     row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
         "bytes_sent": round(total.item() / mesh.world_size / layers),
-        "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
+        "bytes_formula": round(formula),
         "timed_steps": max(1, number),
         "replays": engine.replays,
         "fits": True,
