@@ -3,6 +3,10 @@
 import contextlib
 import gc
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +16,9 @@ import torch.distributed as dist
 from distributed import Ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cli import ENVIRONMENT
 from test_key_exchange import rows_by_brute_force
+from test_watchdog import is_alive, process_of
 
 from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig, UserError, check
 from pi_dist.measure import sp_bench
@@ -91,6 +97,29 @@ def test_replicas_of_two_ranks_send_what_their_formula_says(tmp_path):
     assert [(row["sp_degree"], row["batch"]) for row in rows] == [(4, 1), (2, 2), (1, 4)]
     assert all(row["bytes_sent"] == row["bytes_formula"] for row in rows), rows
     assert [row["bytes_sent"] > 0 for row in rows] == [True, True, False]
+
+
+def test_ranks_end_soon_after_their_launcher_is_killed(tmp_path):
+    """Else they would wait for each other, on GPUs that others measure on."""
+    path = tmp_path / "sp.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--device", "cpu", "--presets", "tiny", "--contexts", "65536", "--methods", "ring"]
+    bench = ["-m", "pi_dist", "bench", "sp", "--json", str(path), *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    job = subprocess.Popen([*launcher, *bench], env=os.environ | ENVIRONMENT, **quiet)
+    try:
+        until = time.monotonic() + 60
+        while not path.exists():  # what is about to run is noted there
+            assert job.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        ranks = [process_of(job, rank) for rank in (0, 1)]
+    finally:
+        job.kill()
+        job.wait()
+    until = time.monotonic() + 20
+    while any(map(is_alive, ranks)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_record_is_resumed_and_takes_the_baseline_of_one_rank(record):

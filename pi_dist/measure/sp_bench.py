@@ -38,6 +38,7 @@ from pi_dist.measure.steps import (
     agreed,
     check_presets,
     collect_garbage,
+    end_with_parent,
     identity,
     model_of,
     most,
@@ -258,6 +259,8 @@ def bench(
             f"bench sp: ranks ({ranks}) == 1 for dense, > 1 for ring and ulysses, does not hold "
             f"for methods ({', '.join(methods)})"
         )
+    if ranks > 1:
+        end_with_parent()
     mesh = make_mesh(ranks, start(device, TIMEOUT_S), TIMEOUT_S)
     meshes = {ranks: mesh}
     precision = "bf16" if mesh.device.type == "cuda" else "fp32"

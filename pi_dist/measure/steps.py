@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -103,6 +105,21 @@ def collect_garbage() -> None:
     for _ in range(8):
         if gc.collect() == 0:
             break
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: a launcher that is killed ends no ranks.
+
+    They would wait for each other on the GPUs, which others then share with them.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def most(value: float, mesh: Mesh) -> float:

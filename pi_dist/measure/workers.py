@@ -12,7 +12,6 @@ import selectors
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from pi_dist.config import Config, UserError
 from pi_dist.measure.fake_ranks import Request, let_go, measure
-from pi_dist.measure.steps import collect_garbage
+from pi_dist.measure.steps import collect_garbage, end_with_parent
 from pi_dist.parallel.process_group import choose_device
 from pi_dist.training.deepspeed_engine import forget_groups
 
@@ -201,6 +200,7 @@ def _row(request: Request) -> dict[str, Any]:
 
 def of_real_ranks(text: str) -> None:
     """One of the real ranks: measure what requests in JSON ask for, one by one, and print a row for each."""
+    end_with_parent()
     for index, values in enumerate(json.loads(text)):
         row = _row(_from_json(values))
         print(_MARK + json.dumps(row | {"request": index}), flush=True)
@@ -209,16 +209,9 @@ def of_real_ranks(text: str) -> None:
             break  # the others may be in a collective
 
 
-def _end_with(parent: int) -> None:
-    """Leave the GPU when the process that asks is gone."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
 def serve() -> None:
     """Answer requests in JSON, a line each, until there are no more, or one leaves something in memory."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     for line in sys.stdin:
         request = _from_json(json.loads(line))
         ranks = {"RANK": request.rank, "WORLD_SIZE": request.world_size, "LOCAL_RANK": 0}
