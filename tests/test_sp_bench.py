@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import ENVIRONMENT
 from test_key_exchange import rows_by_brute_force
-from test_watchdog import is_alive, process_of
+from test_watchdog import is_alive
 
 from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig, UserError, check
 from pi_dist.measure import sp_bench
@@ -99,25 +98,27 @@ def test_replicas_of_two_ranks_send_what_their_formula_says(tmp_path):
     assert [row["bytes_sent"] > 0 for row in rows] == [True, True, False]
 
 
-def test_ranks_end_soon_after_their_launcher_is_killed(tmp_path):
-    """Else they would wait for each other, on GPUs that others measure on."""
-    path = tmp_path / "sp.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = ["--device", "cpu", "--presets", "tiny", "--contexts", "65536", "--methods", "ring"]
-    bench = ["-m", "pi_dist", "bench", "sp", "--json", str(path), *flags]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    job = subprocess.Popen([*launcher, *bench], env=os.environ | ENVIRONMENT, **quiet)
-    try:
-        until = time.monotonic() + 60
-        while not path.exists():  # what is about to run is noted there
-            assert job.poll() is None and time.monotonic() < until
-            time.sleep(0.1)
-        ranks = [process_of(job, rank) for rank in (0, 1)]
-    finally:
-        job.kill()
-        job.wait()
+RANK = """
+import time
+from pi_dist.measure.steps import end_with_parent
+end_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+rank.stdout.readline()
+print(rank.pid)
+"""
+
+
+def test_a_rank_ends_soon_after_its_launcher():
+    """Else it would wait for others, on a GPU that somebody else measures on."""
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    ended = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, timeout=60, check=True)
     until = time.monotonic() + 20
-    while any(map(is_alive, ranks)):
+    while is_alive(int(ended.stdout)):
         assert time.monotonic() < until
         time.sleep(0.1)
 
