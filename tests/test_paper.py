@@ -57,7 +57,9 @@ def test_table_and_layers_are_measured_and_stand_beside_the_papers(tmp_path, cap
     record = tmp_path / "p.json"
     flags = ["--preset", "tiny", "--contexts", "128", "--device", "cpu", "--json", str(record)]
     assert run("paper", "layer", *flags) == 0
+    assert run("paper", "table", *flags, "--minutes", "0") == 3
     assert run("paper", "table", *flags) == 0
+    assert run("paper", "table", *flags, "--minutes", "0") == 0  # all rows are there
     rows = json.loads(record.read_text())["rows"]
     table = [row for row in rows if row["what"] == "table"]
     assert [row["method"] for row in table] == ["dense", "window", "pi"]

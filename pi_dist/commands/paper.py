@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pi_dist.commands.bench import UNFINISHED_RECORD
 from pi_dist.commands.shared import sizes
 from pi_dist.config import ConfigError
 
@@ -26,7 +28,9 @@ def parser() -> ArgumentParser:
     p.add_argument("--data", type=str | None, default=None, help="kl: directory of prepared shards")
     p.add_argument("--sequences", type=int, default=4, help="kl: so many of the data")
     p.add_argument("--context", type=int, default=1024, help="kl: tokens of a sequence")
-    p.add_argument("--minutes", type=float, default=5.0, help="table: stop after so long")
+    p.add_argument(
+        "--minutes", type=float, default=5.0, help="table: begin no row after so long; run again to go on"
+    )
     return p
 
 
@@ -36,23 +40,28 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.record import resume, write
     from pi_dist.parallel.process_group import choose_device
 
-    a = arguments
+    a, complete = arguments, True
     record = resume(a.json, {"data": "random tokens"})
-    if a.what == "kl":
-        rows = _divergence_rows(a)
+    known = [row for row in record["rows"] if row["what"] == a.what]
+    if a.what != "kl" and a.preset not in PRESETS:
+        raise ConfigError(f"preset: {a.preset!r} in {', '.join(PRESETS)} does not hold")
+    if a.what == "table":
+        contexts, device = sizes("contexts", a.contexts), choose_device(a.device, 0)
+        until = time.monotonic() + 60 * a.minutes
+        for row in paper.table_rows(contexts, a.preset, device.type, known, until):
+            complete = row is not None
+            if complete:
+                record["rows"].append(row)
+                write(record, a.json)
     else:
-        if a.preset not in PRESETS:
-            raise ConfigError(f"preset: {a.preset!r} in {', '.join(PRESETS)} does not hold")
-        contexts = sizes("contexts", a.contexts)
-        device = choose_device(a.device, 0)
-        if a.what == "table":
-            rows = paper.table_rows(contexts, a.preset, device.type, 60 * a.minutes)
+        if a.what == "kl":
+            rows = _divergence_rows(a)
         else:
-            rows = paper.layer_rows(contexts, a.preset, device)
-    record["rows"] = [row for row in record["rows"] if row["what"] != a.what] + rows
-    write(record, a.json)
+            rows = paper.layer_rows(sizes("contexts", a.contexts), a.preset, choose_device(a.device, 0))
+        record["rows"] = [row for row in record["rows"] if row not in known] + rows
+        write(record, a.json)
     print(paper.markdown(record), end="")
-    return 0
+    return 0 if complete else UNFINISHED_RECORD
 
 
 def _divergence_rows(a: Namespace) -> list[dict]:

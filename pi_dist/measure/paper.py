@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,8 @@ from pi_dist.measure.fake_ranks import Request
 from pi_dist.measure.record import PEAK_BF16, device_name
 from pi_dist.measure.steps import PAPER, model_of
 from pi_dist.measure.tables import table
-from pi_dist.measure.workers import measured_apart
+from pi_dist.measure.timeline import busy_ms, kernels_of
+from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
 from pi_dist.model import attention as attention_layers
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.flops import training_flops_per_token
@@ -43,42 +45,47 @@ def _model(preset: str, **changes: Any) -> ModelConfig:
     return model_of(preset, **(PAPER | changes))
 
 
-def table_rows(contexts: Sequence[int], preset: str, device: str, timeout_s: float) -> list[dict[str, Any]]:
-    """Table V's columns of dense, window and π on one GPU, one sequence, nothing recomputed."""
+def table_rows(
+    contexts: Sequence[int], preset: str, device: str, known: Sequence[dict[str, Any]], until: float
+) -> Iterator[dict[str, Any] | None]:
+    """Table V's columns of dense, window and π on one GPU, one sequence, nothing recomputed.
+
+    Yields the rows that are not among the known ones, each when it is measured; a last None, if it is later
+    than `until` (of `time.monotonic`) and some are left.
+    """
     precision = "fp32" if device == "cpu" else "bf16"
-    configs = [
-        Config(
-            model=_model(preset, **_LAYERS["window"])
-            if method == "window"
-            else _model(preset, method=method),
-            parallel=ParallelConfig(sp_degree=1, zero_stage=1, device=device),
-            training=TrainingConfig(context=context, batch_size=1, precision=precision),
-        )
-        for context in contexts
-        for method in TABLE_V
-    ]
-    found = measured_apart([Request(config, 1, 0, timed_steps=3) for config in configs], timeout_s)
     peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
-    rows = []
-    for config, row in zip(configs, found, strict=True):
-        context = config.training.context
-        flops = training_flops_per_token(config.model, context) * context
-        what = {"what": "table", "preset": preset, "method": config.model.method, "context": context}
-        what |= {"forward_gflop": round(flops / 3e9, 4)}
-        what |= {"ms": None, "forward_ms": None, "peak_mib": None} | row
-        on_gpu = peak is not None and device != "cpu" and what["ms"] is not None
-        rows.append(what | {"mfu": round(flops / what["ms"] * 1e3 / peak, 4) if on_gpu else None})
-    return rows
+    done = [{key: row.get(key) for key in ("preset", "context", "method")} for row in known]
+    with Worker() as worker:
+        for context, method in itertools.product(contexts, TABLE_V):
+            what = {"preset": preset, "context": context, "method": method}
+            if what in done:
+                continue
+            changes = _LAYERS["window"] if method == "window" else {"method": method}
+            config = Config(
+                model=_model(preset, **changes),
+                parallel=ParallelConfig(sp_degree=1, zero_stage=1, device=device),
+                training=TrainingConfig(context=context, batch_size=1, precision=precision),
+            )
+            if time.monotonic() > until:
+                yield None
+                return
+            found = worker.ask(Request(config, 1, 0, timed_steps=3))
+            if found["status"] not in ("ok", OUT_OF_MEMORY):
+                raise UserError(f"paper table: {method} at {context}: {found['status']}")
+            flops = training_flops_per_token(config.model, context) * context
+            row = {"what": "table", **what, "forward_gflop": round(flops / 3e9, 4)}
+            row |= {"ms": None, "forward_ms": None, "peak_mib": None} | found
+            on_gpu = peak is not None and device != "cpu" and row["ms"] is not None
+            yield row | {"mfu": round(flops / row["ms"] * 1e3 / peak, 4) if on_gpu else None}
 
 
 def _ms(function: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call."""
-    if device.type == "cuda":
-        from pi_dist.measure.kernel_bench import timed
-
-        return timed(function)
+    """Median time of a call; on a GPU of its kernels, which may wait for the host."""
     function()
     times = []
+    if device.type == "cuda":
+        return statistics.median(busy_ms(kernels_of(function)) for _ in range(5))
     for _ in range(3):
         began = time.perf_counter()
         function()
