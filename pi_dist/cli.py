@@ -32,6 +32,7 @@ from pi_dist.config import UserError
 
 FAILED = 1
 BAD_INPUT = 2
+INTERRUPTED = 130  # as shells say of SIGINT
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "prepare": (prepare, "text, JSONL or directories to shards of tokens"),
@@ -77,10 +78,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"pi-dist {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
         _tell_launcher(_one_line(error))
         status = BAD_INPUT
+    except KeyboardInterrupt:  # `train` takes it for a signal to save
+        print(f"pi-dist {argv[0]}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         _tell_launcher("".join(traceback.format_exception_only(error)).strip())
         status = FAILED
+    if status == bench.UNFINISHED_RECORD:
+        _tell_launcher("rows are left, run it again to go on")
     _leave(status)
 
 

@@ -215,6 +215,25 @@ def test_other_bad_input_is_one_line(capsys, tmp_path):
     assert "output" in refused(capsys, "prepare", tmp_path)
 
 
+def test_an_interrupted_command_says_so_in_a_line_and_one_with_rows_left_tells_its_launcher(
+    capsys, monkeypatch, tmp_path
+):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["reach"][0], "run", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(["reach"])
+    assert left.value.code == 130 and capsys.readouterr().err == "pi-dist reach: interrupted\n"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(COMMANDS["reach"][0], "run", lambda _: 3)
+    with pytest.raises(SystemExit) as left:
+        main(["reach"])
+    assert left.value.code == 3
+    assert "rank 0: rows are left, run it again to go on" in (tmp_path / "error.json").read_text()
+
+
 def test_help_of_every_command(capsys):
     main_help = []
     for arguments in ([], ["--help"]):
