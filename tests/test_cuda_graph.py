@@ -34,7 +34,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_a_rank(sp, model, parallel, training, documents, kinds=(False, None)):
-    """[(losses, gradient norms, weights by name) of steps as they are, and of replayed ones].
+    """[(losses, gradient norms, what weights moved by, by name) of steps as they are, and of replayed ones].
 
     Compiled, all steps have the same length: another would be compiled for, and another engine find it.
     """
@@ -50,7 +50,9 @@ def on_a_rank(sp, model, parallel, training, documents, kinds=(False, None)):
             training=TrainingConfig(**t, cuda_graphs=cuda_graphs),
         )
         check(config, mesh.world_size)
-        engine = Engine(PiTransformer.of_run(config, "cuda"), config, mesh)
+        model = PiTransformer.of_run(config, "cuda")
+        before = {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
+        engine = Engine(model, config, mesh)
         losses, norms = [], []
         for step, length in enumerate(lengths):
             valid = torch.tensor(float(CONTEXT * t["batch_size"]), device="cuda")
@@ -66,7 +68,8 @@ def on_a_rank(sp, model, parallel, training, documents, kinds=(False, None)):
             engine.train()
         assert engine.replays == (cuda_graphs is None)
         weights = {name: state["weight"].to("cpu", copy=True) for name, state in engine.state()}
-        results.append((losses, norms, weights))
+        moved = {name: weight - before[name] for name, weight in weights.items()}
+        results.append((losses, norms, moved))
         engine.close()
     return results
 
@@ -83,11 +86,13 @@ def batch_of(config, mesh, number, documents, length):
 
 
 def check_equal(found, tolerance=0.0):
-    for (losses, norms, weights), (replayed, replayed_norms, replayed_weights) in found:
+    """tolerance: of losses, where kernels add in any order; AdamW makes much of small differences."""
+    for (losses, norms, moved), (replayed, replayed_norms, replayed_moved) in found:
         assert replayed == pytest.approx(losses, rel=tolerance, abs=0)
         assert replayed_norms == pytest.approx(norms, rel=10 * tolerance, abs=0)
-        for name, weight in weights.items():
-            assert torch.allclose(replayed_weights[name], weight, rtol=tolerance, atol=tolerance), name
+        for name, expected in moved.items():
+            assert expected.norm() > 0, name
+            assert (replayed_moved[name] - expected).norm() <= 300 * tolerance * expected.norm(), name
 
 
 @pytest.fixture(scope="module")

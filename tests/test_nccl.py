@@ -69,6 +69,17 @@ def test_every_method_equals_one_process(pair, method, activation_checkpointing,
         test_training_parity.check_bf16(pair, found, model, "cuda")
 
 
+@pytest.mark.parametrize("exchange", ["ring_all_to_all", "all_to_all"])
+@pytest.mark.parametrize("method", ["pi", "window", "ring", "ulysses", ["pi", "ring"]], ids=str)
+def test_whole_sequences_and_heads_of_64_equal_one_process(pair, method, exchange):
+    """As the benchmark has them: exact attention by PyTorch's kernels, ours with tensor cores."""
+    wide = {"hidden_size": 256, "num_kv_heads": 4, "attention_dropout": 0.0}
+    model = replace(test_training_parity.MODEL, method=method, **wide)
+    arguments = (2, [1], {"precision": "bf16"}, False, "cuda", model, {"exchange": exchange}, False)
+    found = pair.run(test_training_parity.on_a_rank, *arguments)
+    test_training_parity.check_bf16(pair, found, model, "cuda", documents=False)
+
+
 @pytest.mark.parametrize("sp", [4, 2])
 @pytest.mark.parametrize("method", ["pi", "window", "ring", "ulysses", ["pi", "ring"]], ids=str)
 def test_four_ranks_equal_one_process(four, method, sp):
@@ -81,7 +92,8 @@ def test_four_ranks_equal_one_process(four, method, sp):
 @pytest.mark.parametrize(("overlap", "chunk_tokens"), [("pipelined", None), ("interior", 8), ("none", None)])
 def test_every_overlap_and_chunks_equal_one_process(pair, overlap, chunk_tokens):
     options = {"micro_batch_size": 2, "chunk_tokens": chunk_tokens}
-    arguments = (2, [1, 2, 3], options, False, "cuda", test_training_parity.MODEL, overlap)
+    exchange = {"overlap": overlap, "exchange": "ring_all_to_all" if overlap == "interior" else "all_to_all"}
+    arguments = (2, [1, 2, 3], options, False, "cuda", test_training_parity.MODEL, exchange)
     test_training_parity.check(pair.run(test_training_parity.on_a_rank, *arguments))
 
 

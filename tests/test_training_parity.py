@@ -38,9 +38,12 @@ MODEL = ModelConfig(
 )
 
 
-def global_batch():
-    """Tokens, labels and segment ids [4, 32], the same everywhere."""
+def global_batch(documents=True):
+    """Tokens, labels and segment ids [4, 32], the same everywhere; or [4, 256] without documents."""
     generator = torch.Generator().manual_seed(3)
+    if not documents:
+        tokens = torch.randint(0, 37, (ROWS, 8 * CONTEXT), generator=generator)
+        return tokens, tokens.roll(-1, 1).index_fill(1, torch.tensor([-1]), IGNORE), None
     tokens = torch.randint(0, 37, (ROWS, CONTEXT), generator=generator)
     segment_ids = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
     segment_ids[0, 13:] = 1  # two documents, their border inside a shard
@@ -54,10 +57,10 @@ def global_batch():
     return tokens, labels, segment_ids
 
 
-def one_process(model=MODEL):
+def one_process(model=MODEL, documents=True):
     """(mean loss, held-out loss, gradients by name) without DeepSpeed, groups or accumulation."""
-    tokens, labels, segment_ids = global_batch()
-    model = PiTransformer(model, CONTEXT, seed=1)
+    tokens, labels, segment_ids = global_batch(documents)
+    model = PiTransformer(model, tokens.shape[1], seed=1)
     valid = (labels != IGNORE).sum()
     loss = model(tokens, labels, SequenceContext(labels=segment_ids, seed=SEED)) / valid
     loss.backward()
@@ -77,35 +80,42 @@ def columns_here(context, mesh, balanced, chunk_tokens):
 class HeldOut:
     """The global batch dealt over replicas as the loader deals it."""
 
-    def __init__(self, mesh, training, balanced):
+    def __init__(self, mesh, training, balanced, batch):
         self.mesh, self.size, self.chunk_tokens = mesh, training.micro_batch_size, training.chunk_tokens
-        self.balanced = balanced
+        self.balanced, self.batch = balanced, batch
 
     def evaluate(self):
-        starts, columns = columns_here(CONTEXT, self.mesh, self.balanced, self.chunk_tokens)
+        length = self.batch[0].shape[1]
+        starts, columns = columns_here(length, self.mesh, self.balanced, self.chunk_tokens)
         for first in range(self.mesh.dp_rank * self.size, ROWS, self.size * self.mesh.dp_degree):
-            parts = (x[first : first + self.size, columns] for x in global_batch())
+            rows = slice(first, first + self.size)
+            parts = (None if x is None else x[rows, columns] for x in self.batch)
             yield Batch(*parts, starts=starts, row_start=first)
 
 
-def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, overlap="interior"):
-    """For each ZeRO stage: (loss, held-out loss, gradients) of one optimizer step's global batch."""
+def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, exchange=None, documents=True):
+    """For each ZeRO stage: (loss, held-out loss, gradients) of one optimizer step's global batch.
+
+    exchange: of the configuration, what is not as by default.
+    """
+    whole = global_batch(documents)
+    context = whole[0].shape[1]
     mesh = make_mesh(sp, torch.device(device))
     results = []
     for stage in stages:
-        training = TrainingConfig(context=CONTEXT, batch_size=ROWS, warmup_steps=1, **options)
-        parallel = ParallelConfig(sp_degree=sp, zero_stage=stage, overlap=overlap)
+        training = TrainingConfig(context=context, batch_size=ROWS, warmup_steps=1, **options)
+        parallel = ParallelConfig(sp_degree=sp, zero_stage=stage, **(exchange or {}))
         config = Config(model=model_config, parallel=parallel, training=training)
         saving = (training.activation_checkpointing, training.activation_offload, training.mlp_tile_tokens)
-        model = PiTransformer(model_config, CONTEXT, 1, *saving)
+        model = PiTransformer(model_config, context, 1, *saving)
         if training.compile:
             backend = "inductor" if device == "cuda" else "aot_eager"
             pieces = (torch.compile(piece, backend=backend) for piece in model.pieces)
             model.pieces = Pieces(*pieces)
         engine = Engine(model, config, mesh)
-        data = HeldOut(mesh, training, config.balanced)
+        data = HeldOut(mesh, training, config.balanced, whole)
         heldout = heldout_loss(engine, mesh, data, config.parallel, training.chunk_tokens)
-        valid = (global_batch()[1] != IGNORE).sum().to(mesh.device)
+        valid = (whole[1] != IGNORE).sum().to(mesh.device)
         total = torch.zeros(1, device=mesh.device)
         micro_steps = engine.engine.gradient_accumulation_steps()
         for batch in data.evaluate():
@@ -129,8 +139,8 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, ove
     return results
 
 
-def check(found, tolerance=1e-5, model=MODEL):
-    loss, heldout, gradients = one_process(model)
+def check(found, tolerance=1e-5, model=MODEL, documents=True):
+    loss, heldout, gradients = one_process(model, documents)
     for of_rank in found:
         for found_loss, found_heldout, found_gradients, updated in of_rank:
             assert found_loss == pytest.approx(loss, rel=tolerance)
@@ -148,11 +158,12 @@ def check(found, tolerance=1e-5, model=MODEL):
                     assert (moments[name] - clipped).norm() < 2 * tolerance * clipped.norm(), name
 
 
-def check_bf16(ranks, found, model=MODEL, device="cpu"):
+def check_bf16(ranks, found, model=MODEL, device="cpu", documents=True):
     """In bf16 as near to one process in fp32 as a device alone is: its rounding is all the error there is."""
     exact = [EXACT_ALONE.get(method, method) for method in model.methods]
-    alone = ranks.run(on_a_rank, 1, [1], {"precision": "bf16"}, False, device, replace(model, method=exact))
-    loss, heldout, gradients = one_process(model)
+    options, model_alone = {"precision": "bf16"}, replace(model, method=exact)
+    alone = ranks.run(on_a_rank, 1, [1], options, False, device, model_alone, None, documents)
+    loss, heldout, gradients = one_process(model, documents)
     allowed, allowed_in_all = errors(alone[0][0][2], gradients)
     assert allowed_in_all < 0.01  # no gradient is off by a factor
     for of_rank in found:
@@ -194,7 +205,7 @@ def test_a_pipelined_exchange_changes_nothing(zero_stage):
     """Two sequences in a micro-batch, so that rows of one travel while the other is worked on."""
     with Ranks(2) as ranks:
         options = {"activation_checkpointing": True, "micro_batch_size": 2}
-        check(ranks.run(on_a_rank, 2, [zero_stage], options, False, "cpu", MODEL, "pipelined"))
+        check(ranks.run(on_a_rank, 2, [zero_stage], options, False, "cpu", MODEL, {"overlap": "pipelined"}))
 
 
 def test_selective_recomputation_changes_nothing():
