@@ -23,7 +23,7 @@ from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig, User
 from pi_dist.measure import sp_bench
 from pi_dist.measure.cost_model import exchanged_bytes, rebalanced_bytes, rows_received
 from pi_dist.measure.figures import draw_timeline
-from pi_dist.measure.record import STEP, resume, source_hash
+from pi_dist.measure.record import STEP, kept_records, resume, source_hash
 from pi_dist.measure.steps import random_batch
 from pi_dist.measure.timeline import Kernel, counted_bytes, exposed_ms
 from pi_dist.model.attention import SequenceContext
@@ -249,6 +249,25 @@ def test_a_timeline_is_drawn_and_one_without_exchange_refused(tmp_path):
     trace.write_text(json.dumps({"row": row, "kernels": kernels[:1]}))
     with pytest.raises(UserError, match="nothing to draw"):
         draw_timeline(trace, tmp_path / "none.svg")
+
+
+def test_more_ranks_than_there_are_are_predicted(tmp_path):
+    """Every row says so; what cannot be split is a row in words."""
+    path = tmp_path / "sp.json"
+    flags = ["--presets", "small", "--contexts", "131072", "--ranks", "4,8", "--gpu", "H200"]
+    command = [sys.executable, "-m", "pi_dist", "bench", "sp", "--json", str(path), *flags]
+    for gpu, status in (("H200", 0), ("H200", 0), ("B9", 2)):  # twice: it is gone on with
+        ended = subprocess.run([*command[:-1], gpu], env=ENVIRONMENT, capture_output=True, text=True)
+        assert ended.returncode == status, ended.stderr
+    assert "gpu: 'B9' in" in ended.stderr
+    rows = {(row["method"], row["num_skips"], row["world_size"]): row for row in rows_of(path)}
+    assert len(rows) == len(rows_of(path)) == 10 and not any(row["measured"] for row in rows.values())
+    assert "num_kv_heads (12) % parallel.sp_degree (8)" in rows["ulysses", 0, 8]["note"]
+    measured = kept_records()["sp_four_h200"]["rows"]
+    for row in (row for row in measured if (row["sp_degree"], row["tokens"]) == (4, 131072)):
+        predicted = rows[row["method"], row["num_skips"], 4]
+        assert predicted["ms"] == pytest.approx(row["ms"], rel=0.1)
+        assert predicted["bytes_formula"] == row["bytes_sent"]
 
 
 def refused(path, presets, methods, reason):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import print_or_write, sizes
+from pi_dist.commands.shared import add_network, network_of, print_or_write, sizes
 from pi_dist.config import ConfigError, UserError
 
 UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
@@ -75,6 +75,13 @@ def parser() -> ArgumentParser:
         help="sp: which methods; dense runs on one rank, ring and ulysses on several",
     )
     p.add_argument(
+        "--ranks",
+        type=str | None,
+        default=None,
+        help="sp: run nothing, predict steps of so many ranks of --gpu by the cost model; with commas",
+    )
+    p.add_argument("--gpu", type=str, default="H100", help="sp, --ranks: as of `pi-dist savings`")
+    p.add_argument(
         "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp, step: as parallel.device"
     )
     p.add_argument(
@@ -86,6 +93,7 @@ def parser() -> ArgumentParser:
         default=None,
         help="sp: write the kernels of the first measured step there (JSON)",
     )
+    add_network(p)
     return p
 
 
@@ -135,15 +143,23 @@ def _kernel(arguments: Namespace) -> bool:
 
 def _sp(arguments: Namespace) -> bool:
     from pi_dist.measure.figures import draw_timeline
-    from pi_dist.measure.sp_bench import bench, is_last_rank
+    from pi_dist.measure.profile import load_profile
+    from pi_dist.measure.sp_bench import bench, is_last_rank, predict
 
     if arguments.plot is not None and arguments.trace is None:
         raise ConfigError("bench sp: --plot FILE needs --trace FILE, which it draws")
-    complete = bench(
+    what = (
         arguments.json,
         (arguments.presets or "small,medium").split(","),
         sizes("contexts", arguments.contexts or "32768,65536,131072,262144,1048576"),
         arguments.methods.split(","),
+    )
+    if arguments.ranks is not None:
+        ranks, profile = sizes("ranks", arguments.ranks), load_profile(arguments.gpu)
+        predict(*what, ranks, profile, network_of(arguments))
+        return True
+    complete = bench(
+        *what,
         minutes=arguments.minutes,
         device=arguments.device,
         trace=arguments.trace,

@@ -6,10 +6,11 @@ another number of ranks: rows with one rank are the baseline of weak and strong 
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,9 @@ from pi_dist.config import (
     check,
 )
 from pi_dist.measure.cost_model import exchanged_bytes
+from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.record import step_row
+from pi_dist.measure.step_model import memory, step_time
 from pi_dist.measure.steps import (
     PAPER,
     WIDE,
@@ -249,9 +252,9 @@ def bench(
         UserError: an unknown preset or method, methods of which none takes so many ranks, or a record of
             another device, of other versions or of another benchmark.
     """
-    check_presets("bench sp", presets)
-    if not set(methods) <= set(METHODS):
-        raise UserError(f"bench sp: methods ({', '.join(methods)}) in {METHODS} does not hold")
+    _check_names(presets, methods)
+    if trace is not None and not Path(trace).resolve().parent.is_dir():
+        raise UserError(f"bench sp: the directory of trace ({trace}) exists, does not hold")
     until, ranks = time.monotonic() + 60 * minutes, world_size_from_launcher()
     wanted_setups = list(setups(presets, methods, ranks))
     if not wanted_setups:
@@ -281,6 +284,67 @@ def bench(
             break
     record.close(complete)
     return complete
+
+
+def predict(
+    path: str,
+    presets: list[str],
+    contexts: list[int],
+    methods: list[Method],
+    ranks: list[int],
+    profile: Profile,
+    network: Network,
+) -> None:
+    """Add rows of so many ranks to the record at `path`, by the cost model: nothing is run.
+
+    Raises:
+        UserError: an unknown preset or method, or a record of another benchmark, GPU or network.
+    """
+    _check_names(presets, methods)
+    settings = {"precision": "bf16", "activation_checkpointing": True, "data": "none"}
+    settings |= {"profile": profile.name, "network": asdict(network)}
+    record = Record(path, make_mesh(1, start("cpu", TIMEOUT_S)), settings, _line)
+    for num_ranks in ranks:
+        plain = (setup for setup, _ in setups(presets, methods, num_ranks) if _is_plain(setup, num_ranks))
+        for setup, tokens in itertools.product(plain, sorted(contexts)):
+            if all(row["tokens"] != tokens for row in _rows_of(record, setup, num_ranks)):
+                record.add(_predicted_row(setup, tokens, num_ranks, profile, network))
+    record.close(True)
+
+
+def _predicted_row(
+    setup: Setup, tokens: int, num_ranks: int, profile: Profile, network: Network
+) -> dict[str, Any]:
+    what = vars(setup) | {"tokens": tokens, "world_size": num_ranks, "measured": False}
+    try:
+        config = setup.config(tokens, num_ranks, "auto", "bf16")
+    except ConfigError as reason:
+        return what | {"ms": None, "fits": None, "note": str(reason)}
+    time_, need = step_time(config, num_ranks, profile, network), memory(config, num_ranks, profile).total
+    layers = config.model.num_layers
+    return (
+        step_row(config, num_ranks, time_.total, None)
+        | what
+        | {
+            "peak_mib": round(need, 1),
+            "fits": need <= profile.usable_mib,
+            "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
+            "communication_ms": round(1e3 * time_.communication, 3),
+        }
+    )
+
+
+def _is_plain(setup: Setup, num_ranks: int) -> bool:
+    """Whether all ranks share one sequence, in the default form of the exchange."""
+    pattern = {"window": setup.window, "stride": setup.stride, "num_skips": setup.num_skips}
+    return setup == Setup(setup.preset, setup.method, num_ranks, **pattern)
+
+
+def _check_names(presets: list[str], methods: list[Method]) -> None:
+    """Raise UserError for a preset or method that is not known."""
+    check_presets("bench sp", presets)
+    if not set(methods) <= set(METHODS):
+        raise UserError(f"bench sp: methods ({', '.join(methods)}) in {METHODS} does not hold")
 
 
 def is_last_rank() -> bool:

@@ -152,6 +152,7 @@ class Record:
     Raises:
         UserError: on every rank, for a record of another device, of other versions or of other settings, such
             as that of another benchmark.
+        OSError: on every rank, where there can be no such file.
     """
 
     def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
@@ -168,10 +169,11 @@ class Record:
                             f"{path}: {key} of the record ({theirs}) == that of this benchmark ({value}) "
                             "does not hold"
                         )
-            except UserError as error:  # every rank raises it
+                write(found[0], path)
+            except (UserError, OSError) as error:  # every rank raises it
                 found = [error]
         dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], UserError):
+        if isinstance(found[0], Exception):
             raise found[0]
         self.content: dict[str, Any] = found[0]
         self.begun = False  # whether this process has measured anything

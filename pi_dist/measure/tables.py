@@ -41,7 +41,7 @@ def markdown_table(record: dict) -> str:
         return _kernel_table(record["rows"])
     if any("idle_ms" in row for row in record["rows"]):
         return _step_table(record["rows"])
-    if any("exposed_share" in row for row in record["rows"]):
+    if any("exposed_share" in row or "bytes_formula" in row for row in record["rows"]):
         return _sp_table(record["rows"])
     if all(row.get("chunk_tokens") for row in record["rows"]):
         return _chunks_table(record["rows"])
