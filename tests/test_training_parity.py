@@ -244,7 +244,7 @@ def two_steps_on_a_rank(stage):
     valid = (global_batch()[1] != IGNORE).sum()
     found = []
     for _ in range(2):
-        for number, batch in enumerate(HeldOut(mesh, training, config.balanced).evaluate()):
+        for number, batch in enumerate(HeldOut(mesh, training, config.balanced, global_batch()).evaluate()):
             if number:
                 engine.step(0)
             for loss_sum in streamed_losses(engine, mesh, batch, config.parallel, SEED, None):
