@@ -43,7 +43,7 @@ for_remote_shell() {
 nodes=1 over_ssh=""
 where=(--hostfile "" --num_gpus "$nproc") # no hostfile, also where the system has one
 if [[ -n "${HOSTFILE:-}" ]]; then
-    nodes="$(grep -c '^[^#]*slots=' -- "$HOSTFILE")" || {
+    nodes="$(grep -s -c '^[^#]*slots=' -- "$HOSTFILE")" || {
         echo "launch/deepspeed.sh: HOSTFILE $HOSTFILE has no line 'NAME slots=$nproc'" >&2
         exit 2
     }
@@ -55,6 +55,10 @@ if [[ -n "${HOSTFILE:-}" ]]; then
                 exit 2
             fi
         done
+        if [[ ! "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] || ((NODE_RANK >= nodes)); then
+            echo "launch/deepspeed.sh: 0 <= NODE_RANK ($NODE_RANK) < lines of $HOSTFILE ($nodes) does not hold" >&2
+            exit 2
+        fi
         where+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
     else
         over_ssh=yes

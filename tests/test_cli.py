@@ -1,5 +1,6 @@
 """The command as a user types it: the whole way from text to a sample, and one line for bad input."""
 
+import contextlib
 import json
 import os
 import signal
@@ -108,28 +109,49 @@ def test_from_text_to_a_sample(tmp_path):
     assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_sigusr1_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path, times):
+@pytest.mark.parametrize("signals", [["SIGUSR1"], ["SIGTERM", "SIGTERM"], ["SIGINT", "SIGHUP"]], ids=str)
+def test_a_signal_to_the_launcher_saves_and_ends_all_ranks(corpus, tmp_path, signals):
     where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path / 'run'}"]
     command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
-    launcher = subprocess.Popen(
-        [*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen([*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, **pipes)
     try:
         lines = []
         for line in launcher.stdout:
             lines.append(line)
             if line.startswith("step 2/"):
-                for _ in range(times):
-                    launcher.send_signal(signal.SIGUSR1)
+                for name in signals:
+                    launcher.send_signal(getattr(signal, name))
                     time.sleep(0.02)
-        launcher.wait(timeout=120)
+        assert launcher.wait(timeout=120) == 0, "".join(lines)
     finally:
         launcher.kill()
-    # at a second signal torchrun lets go of its patience, and passes SIGTERM on
-    names = ("SIGUSR1",) if times == 1 else ("SIGUSR1", "SIGTERM")
-    assert any(f"stopped by {name} after step" in line for line in lines for name in names), lines
+    text = "".join(lines)
+    assert "stopped by SIGUSR1 after step" in text and "Traceback" not in text, text
     assert find_newest(tmp_path / "run")[0].step >= 2
+
+
+def test_a_signal_to_the_launcher_while_ranks_start_is_not_lost(corpus, tmp_path):
+    where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path / 'run'}"]
+    command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen([*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    try:
+        children, until = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children"), time.monotonic() + 60
+        while not any(_is_torchrun(number) for number in children.read_text().split()):
+            assert launcher.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGUSR1)  # torchrun imports, ranks come later
+        text, _ = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0 and "stopped by SIGUSR1 after step" in text, text
+
+
+def _is_torchrun(number):
+    with contextlib.suppress(OSError):
+        return "torch.distributed.run" in Path(f"/proc/{number}/cmdline").read_text()
+    return False
 
 
 @pytest.mark.parametrize(

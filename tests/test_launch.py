@@ -107,6 +107,10 @@ def started_from(folder: Path) -> dict[int, str]:
     return found
 
 
+def children_of(process: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def wait_for(happened: Callable[[], object], folder: Path, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not happened():
@@ -427,6 +431,24 @@ def test_a_head_node_that_cannot_be_used_is_an_error_in_seconds(launch, tmp_path
     assert named in (tmp_path / "log-0").read_text()
 
 
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ({"RDZV_ID": "x"}, "is taken, and not by torchrun"),
+        ({"NODE_RANK": "2"}, "0 <= NODE_RANK (2) < NNODES (2) does not hold"),
+        ({"NODE_RANK": "0", "NNODES": "1:2"}, "a range (1:2) needs RDZV_ID, not NODE_RANK"),
+        ({"RDZV_ID": "x", "NNODES": "two"}, "two is no number of nodes, and no range MIN:MAX"),
+    ],
+)
+def test_nodes_that_cannot_meet_are_an_error_in_seconds(launch, tmp_path, where, named):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        whole = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | where
+        (process,) = launch("torchrun.sh", 1, whole)
+        assert process.wait(timeout=60) == 2
+    assert named in (tmp_path / "log-0").read_text()
+
+
 def test_torchrun_with_c10d_rendezvous_starts_again_when_a_rank_is_killed(launch, expected, tmp_path):
     two = nodes(NNODES="2", RDZV_ID="test", MAX_RESTARTS="1")
     processes = launch("torchrun.sh", 1, *({k: v for k, v in n.items() if k != "NODE_RANK"} for n in two))
@@ -435,15 +457,9 @@ def test_torchrun_with_c10d_rendezvous_starts_again_when_a_rank_is_killed(launch
     while not saved.exists():
         assert time.monotonic() < deadline, (tmp_path / "log-0").read_text()
         time.sleep(0.02)
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_text().split("\0")
-            parent = int((folder / "stat").read_text().split(")")[1].split()[1])
-        except OSError:
-            continue
-        if "pi_dist" in command and parent == processes[0].pid:
-            os.kill(int(folder.name), signal.SIGKILL)
-            break
+    (torchrun,) = children_of(processes[0].pid)
+    (rank,) = children_of(torchrun)
+    os.kill(rank, signal.SIGKILL)
     finish(processes, tmp_path)
     assert losses(tmp_path / "run") == expected
     log = (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()

@@ -250,16 +250,19 @@ def test_one_of_four_hosts_is_cut_off_and_the_run_goes_on_when_it_is_back(
 
 
 def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(cluster, undisturbed, submit):
+    """While it starts, and in a step."""
     job = submit("run")
-    job.reaches("step 15/")
-    cluster.on("ctl", "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    job.reaches("stopped by SIGUSR1 after step")
-    job.reaches("requeued, to go on from there")
-    until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 60, lambda: job.log)
-    assert cluster.job(job.number)["Restarts"] == "1"
-    cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    for times, reached in enumerate(("2 nodes with 1 ranks each", "step 15/"), 1):
+        job.reaches(reached)
+        cluster.on(
+            "ctl", "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+        )
+        until(lambda times=times: cluster.job(job.number)["Restarts"] == str(times), 120, lambda: job.log)
+        until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 60, lambda: job.log)
+        cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
     assert cluster.ended(job.number, 300) == "COMPLETED", job.log
-    assert "resuming at step" in job.log and "requeued 1 times" in job.log
+    assert "stopped by SIGUSR1 after step" in job.log and "requeued, to go on from there" in job.log
+    assert "resuming at step" in job.log and "requeued 2 times" in job.log
     assert_same_training(job.run_dir, undisturbed.run_dir)
 
 

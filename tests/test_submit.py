@@ -163,6 +163,10 @@ def test_nothing_in_names_is_run(submit, sbatch, capsys, tmp_path):
         (["--time=0:04:00"], [], "time: grace (300) < seconds of the time limit (240) does not hold"),
         (["--job-name=a\nb"], [], "'a\\nb' has printable characters only"),
         (["--job-name="], [], "job_name"),
+        (["--partition="], [], "partition: length of partition (0) >= 1 does not hold"),
+        (["--time=\u0663:00:00"], [], "is none of"),
+        ([], ["--check=3"], "overrides: --check=3 is no field"),
+        ([], ["--status"], "overrides: --status is no field"),
         ([], ["--run_dir=a\\b"], "no backslash in"),
     ],
 )

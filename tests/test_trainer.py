@@ -1,8 +1,10 @@
 """Whole training runs on real ranks: resume, other splits, TensorBoard, signals, what must stop a run."""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import math
 import os
 import shutil
@@ -103,6 +105,28 @@ def test_resume_is_bit_equal(corpus, tmp_path, stage):
     assert first + second.losses == straight.losses
     a, b = weights(tmp_path / "straight", 6), weights(tmp_path / "resumed", 6)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run_and_tell(config):
+    """(losses, what is said)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        losses = train(config)[1].losses
+    return losses, said.getvalue()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_names_that(corpus, tmp_path):
+    config = config_for(corpus, tmp_path / "run")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, save_every=3))
+    with Ranks(2) as ranks:
+        whole = ranks.run(run_and_tell, config)
+    path = directory(tmp_path / "run") / "step-00000006" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with Ranks(2) as ranks:
+        (losses, said), (others, _) = ranks.run(run_and_tell, config)
+    assert losses == others == whole[0][0][3:] and len(losses) == 3
+    assert "refused" in said and "step-00000006/model.safetensors" in said, said
+    assert "resuming at step 3 from" in said, said
 
 
 def run_three(config):

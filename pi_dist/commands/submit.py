@@ -7,6 +7,7 @@ import shlex
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.train import check_run, read_config
+from pi_dist.config import ConfigError
 
 
 def parser() -> ArgumentParser:
@@ -52,6 +53,11 @@ def run(arguments: Namespace) -> int:
     from pi_dist.launching.submit import Job, batch_script, check_job, submit
 
     asked = arguments.as_dict()
+    for word in asked["overrides"]:
+        if word.partition("=")[0] in ("--check", "--status", "--ranks", "--record"):
+            raise ConfigError(
+                f"overrides: {word} is no field of a run's configuration; a job has none of these"
+            )
     config = read_config([f"--config={asked.pop('config')}", *asked.pop("overrides")])
     dry_run, name, run_dir = asked.pop("dry_run"), asked.pop("job_name"), Path(config.run_dir).absolute()
     if asked["ranks_per_node"] is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pi_dist.config import Config, ConfigError, UserError
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?", re.ASCII)
 
 
 class SubmissionError(UserError):
@@ -108,6 +108,7 @@ def check_job(job: Job) -> None:
     for key in ("name", "run_dir", "work_dir", "partition", "account", "qos", "constraint"):
         text = str(getattr(job, key))
         _require(text.isprintable(), key, f"{text!r} has printable characters only:")
+        _require(text != "", key, f"length of {key} (0) >= 1")
     _require(
         "\\" not in str(job.run_dir), "run_dir", f"no backslash in {job.run_dir}, the path of a log of SLURM:"
     )

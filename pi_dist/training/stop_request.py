@@ -33,7 +33,8 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: object) -> None:
-        self.number = number
+        if self.number == 0 or number == LAUNCHER_LOST:  # the first is why; it may come again and again
+            self.number = number
 
     def restore(self) -> None:
         """Heed none any more."""
