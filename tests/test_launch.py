@@ -434,7 +434,7 @@ def test_a_head_node_that_cannot_be_used_is_an_error_in_seconds(launch, tmp_path
 @pytest.mark.parametrize(
     ("where", "named"),
     [
-        ({"RDZV_ID": "x"}, "is taken, and not by torchrun"),
+        pytest.param({"RDZV_ID": "x"}, "is taken, and not by torchrun", marks=pytest.mark.slow),
         ({"NODE_RANK": "2"}, "0 <= NODE_RANK (2) < NNODES (2) does not hold"),
         ({"NODE_RANK": "0", "NNODES": "1:2"}, "a range (1:2) needs RDZV_ID, not NODE_RANK"),
         ({"RDZV_ID": "x", "NNODES": "two"}, "two is no number of nodes, and no range MIN:MAX"),

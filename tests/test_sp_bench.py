@@ -405,6 +405,7 @@ def test_a_record_is_gone_on_with_and_that_of_another_benchmark_or_source_refuse
         assert ranks.run(gone_on_with, str(path)) == [1]
 
 
+@pytest.mark.slow
 def test_a_setup_leaves_no_memory_to_the_next(tmp_path):
     """DeepSpeed's hooks keep an engine alive unless it is told to let go."""
     with Ranks(2) as ranks:

@@ -93,7 +93,9 @@ def test_training_learns_and_ranks_agree(undisturbed, corpus):
     assert (run_dir / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_resume_is_bit_equal(corpus, tmp_path, stage):
     """Three steps, a new set of processes, three more: every weight and loss equals the undisturbed run's."""
     straight = train_on(2, config_for(corpus, tmp_path / "straight", stage=stage))[0]

@@ -244,6 +244,7 @@ def hung_job(corpus, run_dir, tmp_path, module, name, *overrides):
     return err
 
 
+@pytest.mark.slow  # torchrun waits for the rank that hangs
 def test_a_live_rank_that_hangs_in_an_evaluation_is_named(corpus, tmp_path):
     heldout = (f"--data.heldout={corpus}/heldout", "--training.eval_every=2")
     where = ("pi_dist.training.evaluate", "evaluated_loss")
