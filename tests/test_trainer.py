@@ -93,9 +93,7 @@ def test_training_learns_and_ranks_agree(undisturbed, corpus):
     assert (run_dir / "config.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_resume_is_bit_equal(corpus, tmp_path, stage):
     """Three steps, a new set of processes, three more: every weight and loss equals the undisturbed run's."""
     straight = train_on(2, config_for(corpus, tmp_path / "straight", stage=stage))[0]
@@ -360,6 +358,7 @@ def skipping(corpus, run_dir, most, **options):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None))
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_and_resumed_bit_equal(corpus, tmp_path):
     """The first step's loss and the fourth's gradient, in every ZeRO stage; nothing is left of them."""
     kinds = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
@@ -463,6 +462,7 @@ def run_with_a_lock_elsewhere(config):
     return run(config), said
 
 
+@pytest.mark.slow
 def test_a_lock_of_another_host_is_waited_for_as_its_rank_may_be_cut_off(corpus, tmp_path):
     with (tmp_path / ".lock").open("w") as held:
         held.write("elsewhere")
