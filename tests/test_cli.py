@@ -109,11 +109,16 @@ def test_from_text_to_a_sample(tmp_path):
     assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
 
 
-def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
-    where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path / 'run'}"]
+def start_launcher(corpus, run_dir):
+    """launch/torchrun.sh with two ranks, for more steps than a test waits for."""
+    where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={run_dir}"]
     command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    launcher = subprocess.Popen([*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+
+def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
+    launcher = start_launcher(corpus, tmp_path / "run")
     try:
         lines = []
         for line in launcher.stdout:
@@ -131,10 +136,7 @@ def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
 
 
 def test_a_signal_to_the_launcher_while_ranks_start_is_not_lost(corpus, tmp_path):
-    where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={tmp_path / 'run'}"]
-    command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    launcher = subprocess.Popen([*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    launcher = start_launcher(corpus, tmp_path / "run")
     try:
         children, until = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children"), time.monotonic() + 60
         while not any(_is_torchrun(number) for number in children.read_text().split()):

@@ -100,18 +100,23 @@ class Setup:
         return config
 
 
+def plain_setups(presets: list[str], methods: list[Method], num_ranks: int) -> list[Setup]:
+    """Those in which all ranks share one sequence, in the default form of the exchange."""
+    return [
+        Setup(preset, method, num_ranks, **pattern)
+        for preset in presets
+        for method in methods
+        for pattern in _patterns(method, num_ranks)
+    ]
+
+
 def setups(presets: list[str], methods: list[Method], num_ranks: int) -> Iterator[tuple[Setup, bool]]:
     """(setup, whether it is run at every context, or only at those of MODES_AT).
 
     Then what they are compared with: other forms of the exchange, and sequences that fewer ranks share, of as
     many tokens a rank, so that ranks, engine and tokens are the same and the exchange is less, or none.
     """
-    plain = [
-        Setup(preset, method, num_ranks, **pattern)
-        for preset in presets
-        for method in methods
-        for pattern in _patterns(method, num_ranks)
-    ]
+    plain = plain_setups(presets, methods, num_ranks)
     yield from ((setup, True) for setup in plain)
     for setup in plain:
         if setup.method not in EXACT_METHODS:
@@ -159,8 +164,7 @@ def measure(
         first = steps.timed()
     number = min(TIMED_STEPS, int(TIMED_S / first))
     seconds = median([steps.timed() for _ in range(number)] or [first])
-    layers, replicas = config.model.num_layers, mesh.dp_degree
-    formula = sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers / replicas
+    layers = config.model.num_layers
     total = torch.tensor(float(sum(map(sum, sent.values()))), dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
     profiles = []
@@ -168,7 +172,7 @@ def measure(
         profiles = [kernels_of(steps.one) for _ in range(_profiled_steps(number))]
     row = step_row(config, mesh.world_size, seconds, model.num_parameters()) | {
         "bytes_sent": round(total.item() / mesh.world_size / layers),
-        "bytes_formula": round(formula),
+        "bytes_formula": _bytes_formula(config, mesh.dp_degree),
         "timed_steps": max(1, number),
         "replays": engine.replays,
         "fits": True,
@@ -187,6 +191,12 @@ def measure(
         found = [[most(x, mesh), -most(-x, mesh)] for x in computes]
         row |= dict(zip(("compute_ms", "least_compute_ms"), _medians(found), strict=True))
     return row, profiles[-1] if cuda else []
+
+
+def _bytes_formula(config: Config, replicas: int) -> int:
+    """Of a layer and rank, the mean, where so many replicas share the batch."""
+    layers = config.model.num_layers
+    return round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers / replicas)
 
 
 def _profiled_steps(timed: int) -> int:
@@ -305,7 +315,7 @@ def predict(
     settings |= {"profile": profile.name, "network": asdict(network)}
     record = Record(path, make_mesh(1, start("cpu", TIMEOUT_S)), settings, _line)
     for num_ranks in ranks:
-        plain = (setup for setup, _ in setups(presets, methods, num_ranks) if _is_plain(setup, num_ranks))
+        plain = plain_setups(presets, methods, num_ranks)
         for setup, tokens in itertools.product(plain, sorted(contexts)):
             if all(row["tokens"] != tokens for row in _rows_of(record, setup, num_ranks)):
                 record.add(_predicted_row(setup, tokens, num_ranks, profile, network))
@@ -321,23 +331,16 @@ def _predicted_row(
     except ConfigError as reason:
         return what | {"ms": None, "fits": None, "note": str(reason)}
     time_, need = step_time(config, num_ranks, profile, network), memory(config, num_ranks, profile).total
-    layers = config.model.num_layers
     return (
         step_row(config, num_ranks, time_.total, None)
         | what
         | {
             "peak_mib": round(need, 1),
             "fits": need <= profile.usable_mib,
-            "bytes_formula": round(sum(exchanged_bytes(config, layer) for layer in range(layers)) / layers),
+            "bytes_formula": _bytes_formula(config, 1),
             "communication_ms": round(1e3 * time_.communication, 3),
         }
     )
-
-
-def _is_plain(setup: Setup, num_ranks: int) -> bool:
-    """Whether all ranks share one sequence, in the default form of the exchange."""
-    pattern = {"window": setup.window, "stride": setup.stride, "num_skips": setup.num_skips}
-    return setup == Setup(setup.preset, setup.method, num_ranks, **pattern)
 
 
 def _check_names(presets: list[str], methods: list[Method]) -> None:
