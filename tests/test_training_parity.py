@@ -291,7 +291,7 @@ def test_a_mixed_stack_in_bf16_stays_within_its_error():
     model = replace(MODEL, method=["pi", "ring"], attention_dropout=0.0)
     options = {"precision": "bf16", "activation_checkpointing": True, "micro_batch_size": 2}
     with Ranks(2) as ranks:
-        check(ranks.run(on_a_rank, 2, [1], options, False, "cpu", model), tolerance=0.06, model=model)
+        check_bf16(ranks, ranks.run(on_a_rank, 2, [1], options, False, "cpu", model), model)
 
 
 @pytest.mark.parametrize(
