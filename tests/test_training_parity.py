@@ -139,7 +139,8 @@ def on_a_rank(sp, stages, options, update, device="cpu", model_config=MODEL, exc
     return results
 
 
-def check(found, tolerance=1e-5, model=MODEL):
+def check(found, model=MODEL):
+    tolerance = 1e-5  # of fp32
     loss, heldout, gradients = one_process(model)
     for of_rank in found:
         for found_loss, found_heldout, found_gradients, updated in of_rank:
