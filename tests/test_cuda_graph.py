@@ -50,9 +50,9 @@ def on_a_rank(sp, model, parallel, training, documents, kinds=(False, None)):
             training=TrainingConfig(**t, cuda_graphs=cuda_graphs),
         )
         check(config, mesh.world_size)
-        model = PiTransformer.of_run(config, "cuda")
-        before = {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
-        engine = Engine(model, config, mesh)
+        made = PiTransformer.of_run(config, "cuda")
+        before = {name: weight.detach().to("cpu", copy=True) for name, weight in made.named_parameters()}
+        engine = Engine(made, config, mesh)
         losses, norms = [], []
         for step, length in enumerate(lengths):
             valid = torch.tensor(float(CONTEXT * t["batch_size"]), device="cuda")

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 from pi_dist.config import Config, UserError, accumulation_steps, check, num_chunks
 from pi_dist.measure.stand_ins import StandIns
 from pi_dist.measure.steps import collect_garbage, most, random_batch
+from pi_dist.measure.timeline import busy_ms, kernels_of
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.pattern import layer_patterns
 from pi_dist.parallel.kept_keys import Placement
@@ -216,12 +217,19 @@ class _Job:
         p, chunk_tokens = self.config.parallel, self.config.training.chunk_tokens
         return streamed_losses(self.engine, self.mesh, self.batch, p, 0, chunk_tokens, self.placement)
 
-    def forward(self) -> None:
+    def forward_seconds(self) -> float:
+        """Of one forward pass; on a GPU of its kernels, for it is not replayed and may wait for the host."""
         p, chunk_tokens = self.config.parallel, self.config.training.chunk_tokens
-        evaluated_loss(self.engine, self.mesh, self.batch, p, chunk_tokens, self.placement)
+
+        def forward() -> None:
+            evaluated_loss(self.engine, self.mesh, self.batch, p, chunk_tokens, self.placement)
+
+        if self.mesh.device.type == "cuda":
+            return busy_ms(kernels_of(forward)) / 1e3
+        return self.seconds(forward)
 
     def seconds(self, part: Callable[[], None]) -> float:
-        """Of one step or forward pass; the slowest rank's."""
+        """Of a part of the work; the slowest rank's."""
         self._wait()
         dist.barrier()
         began = time.perf_counter()
@@ -250,9 +258,9 @@ def measure(request: Request) -> dict[str, Any]:
 
     Peak memory is that of the second optimizer step, in which moments are there already; resting memory is
     what is held after it, reserved memory the most of both. ms is of a whole optimizer step, forward_ms of
-    its losses without gradients: both without communication where ranks are fake. Of a sequence in many
-    chunks, three chunks are the first step, and if no time is asked for, the second ends after its peak.
-    Where no time is asked for, no graphs are captured.
+    its losses without gradients, on a GPU of their kernels alone: both without communication where ranks are
+    fake. Of a sequence in many chunks, three chunks are the first step, and if no time is asked for, the
+    second ends after its peak. Where no time is asked for, no graphs are captured.
 
     Raises:
         UserError: there is no such GPU, or the step made no finite gradient.
@@ -311,7 +319,7 @@ def _measured_steps(request: Request, device: torch.device, memory: _Memory) -> 
             again = request.timed_steps if times[0] < _LONG_S else 0
             times = [job.seconds(job.step) for _ in range(again)] or times
             if request.forward_too:
-                forward_times = [job.seconds(job.forward) for _ in range(again + 1)][-max(1, again) :]
+                forward_times = [job.forward_seconds() for _ in range(again + 1)][-max(1, again) :]
     finally:
         job.engine.close()
     return row | {

@@ -207,10 +207,11 @@ def _cell(value: float | None, other: float | None = None) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    of = {(row["context"], row["method"]): row for row in rows}
     lines = []
     for row in rows:
-        dense = next(r for r in rows if r["method"] == "dense" and r["context"] == row["context"])
-        cells = [_cell(row[column], dense[column]) for column in _COLUMNS]
+        dense = of.get((row["context"], "dense"), {})
+        cells = [_cell(row[column], dense.get(column)) for column in _COLUMNS]
         if row["ms"] is None:
             cells[0] = row["status"]
         lines.append([f"{row['context']:,}", row["method"], *cells])
@@ -218,22 +219,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
         cells = [_cell(value, other) for value, other in zip(values, TABLE_V["dense"], strict=True)]
         lines.append(["paper", method, *cells])
     shares = {
-        context: 1 - next(
-            r["forward_gflop"] / d["forward_gflop"]
-            for d in rows
-            for r in rows
-            if d["context"] == r["context"] == context and (d["method"], r["method"]) == ("dense", "pi")
-        )
-        for context in dict.fromkeys(row["context"] for row in rows)
-    }  # fmt: skip
-    fewer = ", ".join(f"{share:.1%} at {context:,}" for context, share in shares.items())
+        context: 1 - row["forward_gflop"] / of[context, "dense"]["forward_gflop"]
+        for (context, method), row in of.items()
+        if method == "pi" and (context, "dense") in of
+    }
+    fewer = ", ".join(f"{share:.1%} at {context:,}" for context, share in shares.items()) or "not known yet"
     head = ["context", "method", "step ms", "forward ms", "peak MiB", "forward GFLOP", "MFU"]
     return table(head, lines) + (
         "\n\nIn parentheses: over dense. The paper's columns are seconds, ms, GB, GFLOP and MFU on A100s, of "
         "a model, batch and context that it does not name: so only ratios compare, and only at a context at "
-        f"which its saving of 24.1 % of the FLOP arises; here π saves {fewer}. Its dense attention has "
+        f"which its saving of 24.1 % of the FLOP arises; that of π here: {fewer}. Its dense attention has "
         "23.4 % MFU: a faster one leaves less to gain. Its window (called RingAttention) has as many FLOP as "
-        "dense, which no window has."
+        "dense, which no window has. A forward pass on a GPU is the time of its kernels: short ones wait "
+        "for the host."
     )
 
 
