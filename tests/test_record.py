@@ -25,6 +25,7 @@ STEP_ROW = {
 STEP_ROW |= {"reach", "covered_share", "measured"}
 KERNEL_ROW = {"method", "direction", "batch", "tokens", "heads", "window", "strides", "num_skips", "head_dim"}
 KERNEL_ROW |= {"dtype", "ms", "floor_ms", "copy_share"}
+SOURCES = {"measured", "composed", "predicted"}  # of a row of savings
 
 
 @pytest.mark.parametrize("name", kept_records())
@@ -32,6 +33,10 @@ def test_a_record_says_how_it_was_made(name):
     record = kept_records()[name]
     assert set(record) == {"command", "device", "versions", "settings", "rows"}
     assert {"torch", "deepspeed", "python"} <= set(record["versions"]) and record["rows"]
+    if "gpus" in record["rows"][0]:
+        for row in record["rows"]:
+            assert row["gpus"] is None or {row["memory_source"], row["time_source"]} <= SOURCES, row
+        return
     if "floor_ms" in record["rows"][0]:
         copies = [ceiling["copy_bytes_per_s"] for ceiling in record["settings"]["slices"]]
         for row in record["rows"]:

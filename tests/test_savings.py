@@ -205,6 +205,7 @@ def test_offload_and_tiles_need_less_memory_and_so_reach_farther(method):
     assert tiled.total < offloaded.total or method == "dense"
     streamed = job("pi", 2**20, streamed=True, activation_offload=True)
     assert not streamed.training.activation_offload
+    assert (plain.host, offloaded.host, tiled.host) == (0, 32 * 1024, 48 * 1024)  # slabs of ten, 1.5 GiB each
 
 
 def measured_steps():

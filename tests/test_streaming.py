@@ -28,7 +28,7 @@ from pi_dist.parallel.exchange_plan import make_plan, shard_starts
 from pi_dist.parallel.host_memory import HostMemory
 from pi_dist.parallel.kept_keys import KeptKeys, Placement, kept_size
 from pi_dist.parallel.mesh import Mesh
-from pi_dist.training.kept_memory import Memory, plan_kept_rows
+from pi_dist.training.kept_memory import Memory, check_offload, offloaded_bytes, plan_kept_rows
 from pi_dist.training.streaming import ON_DEVICE, evaluated_loss, streamed_losses
 
 SEED = 11
@@ -450,6 +450,24 @@ def test_rows_are_kept_where_they_fit():
     for device, host, where in ((79, 80, "auto"), (79, 500, "device"), (10, 500, "auto"), (None, 80, "auto")):
         with pytest.raises(ConfigError, match=r"kept rows \(82.5 GiB\) and .* does not hold"):
             plan(device and device * gib, host * gib, where)
+
+
+@pytest.mark.parametrize("tile", [None, 128])
+def test_offloaded_inputs_take_the_closed_form_or_are_refused(tile):
+    offload = {"activation_checkpointing": True, "activation_offload": True, "mlp_tile_tokens": tile}
+    config = Config(
+        model=ModelConfig(num_layers=6, hidden_size=64, num_heads=2, vocab_size=100),
+        training=TrainingConfig(context=500, **offload),
+    )
+    model, tokens = PiTransformer.of_run(config, "cpu"), torch.randint(0, 100, (1, 500))
+    for _ in range(2):
+        model(tokens, tokens).backward()
+    held = {buffer.untyped_storage()._cdata: buffer.untyped_storage().nbytes()
+            for buffers in model.host_memory._free.values() for buffer in buffers}  # fmt: skip
+    assert sum(held.values()) == offloaded_bytes(config) == 2**20 * (1 if tile is None else 2)
+    check_offload(config, offloaded_bytes(config))
+    with pytest.raises(ConfigError, match=r"activation_offload: .* \([12].0 MiB\) <= .* \(1000.0 KiB\)"):
+        check_offload(config, 1000 * 2**10)
 
 
 def test_gradients_of_kept_rows_add_up_in_fp32():

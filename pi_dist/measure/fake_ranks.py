@@ -33,7 +33,7 @@ from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.parallel.process_group import choose_device, start
 from pi_dist.training.deepspeed_engine import Engine, unchecked_across_ranks
-from pi_dist.training.kept_memory import Memory, free_host_memory, plan_kept_rows
+from pi_dist.training.kept_memory import Memory, check_offload, free_host_memory, plan_kept_rows
 from pi_dist.training.streaming import ON_DEVICE, evaluated_loss, streamed_losses
 
 _LONG_S = 1.0  # a step that takes longer is timed once
@@ -171,15 +171,19 @@ class _Memory:
 
 
 def _placement(config: Config, device: torch.device, request: Request) -> Placement:
-    """Where a run in chunks would keep rows; machines of eight ranks share their host memory."""
+    """Where a run in chunks would keep rows."""
     if config.training.chunk_tokens is None:
         return ON_DEVICE
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     if total is not None and request.limit_mib is not None:
         total = min(total, int(request.limit_mib * 2**20))
-    host = free_host_memory()
-    host = None if host is None else host // min(request.world_size, 8)
-    return plan_kept_rows(config, Memory(total, host)).placement()
+    return plan_kept_rows(config, Memory(total, _host_memory(request))).placement()
+
+
+def _host_memory(request: Request) -> int | None:
+    """Free bytes for a rank; machines of eight share theirs."""
+    free = free_host_memory()
+    return None if free is None else free // min(request.world_size, 8)
 
 
 class _Job:
@@ -242,6 +246,15 @@ class _Job:
             torch.cuda.synchronize()
 
 
+def pins_memory(request: Request, device: torch.device) -> bool:
+    """Whether its steps pin host memory, which a process never gives back."""
+    t = request.config.training
+    in_host = t.activation_offload or (
+        t.chunk_tokens is not None and _placement(request.config, device, request).memory is not None
+    )
+    return device.type == "cuda" and in_host
+
+
 def _fill(model: PiTransformer, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -263,10 +276,12 @@ def measure(request: Request) -> dict[str, Any]:
     second ends after its peak. Where no time is asked for, no graphs are captured.
 
     Raises:
-        UserError: there is no such GPU, or the step made no finite gradient.
+        UserError: there is no such GPU, no host memory for what is offloaded, or the step made no finite
+            gradient.
     """
     config, fake = request.config, request.rank is not None
     check(config, request.world_size)
+    check_offload(config, _host_memory(request))
     if fake:
         device = choose_device(config.parallel.device, 0)
         if not dist.is_initialized():

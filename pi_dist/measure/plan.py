@@ -166,7 +166,8 @@ def describe(plan: Plan) -> str:
         )
     if m.host:
         lines.append(
-            f"host memory       {m.host:,.0f} MiB a GPU, of kept rows; the time is without moving them"
+            f"host memory       {m.host:,.0f} MiB a GPU, for kept rows or inputs of blocks; the time is "
+            "without moving them"
         )
     if not plan.fits:
         if plan.changes:

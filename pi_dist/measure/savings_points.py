@@ -26,8 +26,8 @@ _PATIENT = 3.0  # times the patience with a step: that with memory alone
 class Point:
     """One method on so many GPUs: what a rank needs, and the step's time, each with its source.
 
-    host_mib: predicted, of rows that chunks keep in host memory. problem: why what should have been measured
-    was not.
+    host_mib: predicted, of rows that chunks keep in host memory, or of offloaded inputs of blocks. problem:
+    why what should have been measured was not.
     """
 
     num_gpus: int

@@ -15,7 +15,7 @@ from pi_dist.model.flops import matmul_parameters
 from pi_dist.model.loss import KERNEL_ELEMENTS, tile_rows
 from pi_dist.ops.pattern import layer_patterns
 from pi_dist.training import kept_memory
-from pi_dist.training.kept_memory import KeptPlan, plan_kept_rows
+from pi_dist.training.kept_memory import KeptPlan, offloaded_bytes, plan_kept_rows
 
 MIB = 2**20
 _BUCKET = 500_000_000  # elements of DeepSpeed's default reduce bucket
@@ -53,7 +53,7 @@ class Memory:
     working: float
     """The block that is recomputed, or the loss, whichever is larger."""
     host: float = 0.0
-    """Rows kept in host memory, beside the total."""
+    """Rows kept in host memory, or inputs of blocks, beside the total."""
 
     @property
     def total(self) -> float:
@@ -142,7 +142,7 @@ def memory(config: Config, world_size: int, profile: Profile) -> Memory:
     row = m.hidden_size * BYTES[t.precision]  # one token's hidden state
     recomputed = t.activation_checkpointing is True
     kept = here * (16 + 4 * m.head_dim)  # tokens and labels, rotary positions
-    host = 0.0
+    host = float(offloaded_bytes(config))
     if chunks > 1:
         rows = kept_rows(config, profile)
         size = rows.size

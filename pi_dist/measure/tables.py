@@ -37,6 +37,8 @@ def markdown_page() -> str:
 
 def markdown_table(record: dict) -> str:
     """A record as a Markdown table, or several; in a step's, reach stands beside the context."""
+    if "gpus" in record["rows"][0]:
+        return _savings_table(record["rows"])
     if "floor_ms" in record["rows"][0]:
         return _kernel_table(record["rows"])
     if any("idle_ms" in row for row in record["rows"]):
@@ -60,6 +62,25 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table."""
     rows = (" | ".join(["", *line, ""]).strip() for line in (head, *lines))
     return "\n".join([next(rows), "|---" * len(head) + "|", *rows])
+
+
+def _savings_table(rows: list[dict]) -> str:
+    """The fewest GPUs of each method, what each of them needs, and which of it is predicted (~)."""
+    lines = []
+    for row in rows:
+        kept = "in host memory" if row["activation_offload"] and not row["streamed"] else "there"
+        cells = [row["note"], "", ""]
+        if row["gpus"] is not None:
+            about = ("" if row[f"{what}_source"] == "measured" else "~" for what in ("memory", "time"))
+            cells = [str(row["gpus"]), f"{next(about)}{row['peak_mib'] / 1024:,.1f}"]
+            cells.append(f"{next(about)}{row['ms']:,.0f}")
+        name = {"pi": f"π, k = {row['window']}, M = {row['num_skips']}"}.get(row["method"], row["method"])
+        name += ", in chunks" if row["streamed"] else ""
+        what = [row["preset"], name, f"{row['context']:,}", f"{row['reach']:,}"]
+        lines.append([*what, kept, *cells])
+    return table(
+        ["model", "method", "context", "reach", "inputs of blocks", "GPUs", "GiB a GPU", "ms a step"], lines
+    )
 
 
 def _step_table(rows: list[dict]) -> str:

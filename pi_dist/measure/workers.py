@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from pi_dist.config import Config, UserError
-from pi_dist.measure.fake_ranks import Request, let_go, measure
+from pi_dist.measure.fake_ranks import Request, let_go, measure, pins_memory
 from pi_dist.measure.steps import collect_garbage, end_with_parent
 from pi_dist.parallel.process_group import choose_device
 from pi_dist.training.deepspeed_engine import forget_groups
@@ -222,8 +222,11 @@ def serve() -> None:
         forget_groups()
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # every request has graphs for its own shapes
-        left_mib = round(let_go(choose_device(request.config.parallel.device, 0)), 2)
-        leaves = left_mib > _LEFT_MIB
+        device = choose_device(request.config.parallel.device, 0)
+        left_mib = round(let_go(device), 2)
+        leaves = left_mib > _LEFT_MIB or (
+            row["status"] in ("ok", OUT_OF_MEMORY) and pins_memory(request, device)
+        )
         print(_MARK + json.dumps(row | {"left_mib": left_mib, "leaves": leaves}), flush=True)
         if leaves:
             break

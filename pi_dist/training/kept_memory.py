@@ -1,4 +1,6 @@
-"""Where the rows lie that a run in chunks keeps: decided before it starts, from closed forms, and said."""
+"""Where the rows lie that a run in chunks keeps: decided before it starts, from closed forms, and said.
+
+And what host memory the inputs of recomputed blocks take, where they are offloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from pi_dist.config import Config, ConfigError
 from pi_dist.model.flops import matmul_parameters
 from pi_dist.ops.pattern import layer_patterns
-from pi_dist.parallel.host_memory import HostMemory
+from pi_dist.parallel.host_memory import _BUFFERS, _SLAB_BYTES, HostMemory
 from pi_dist.parallel.kept_keys import KeptSize, Placement, kept_size
 from pi_dist.parallel.mesh import Mesh
 
@@ -136,6 +138,32 @@ def _whole_size(config: Config, spread: bool, ranks: Sequence[int] | None) -> Ke
 
     sizes = (reduce(add, of_rank(rank)) for rank in (range(p.sp_degree) if ranks is None else ranks))
     return max(sizes, key=lambda size: size.rows)
+
+
+def offloaded_bytes(config: Config) -> int:
+    """Of pinned host memory for the inputs of blocks, and of their second halves if these are in tiles."""
+    m, t, p = config.model, config.training, config.parallel
+    if not t.activation_offload:
+        return 0
+    number = m.num_layers * (1 if t.mlp_tile_tokens is None else 2)
+    tokens = t.micro_batch_size * t.context // p.sp_degree
+    size = tokens * m.hidden_size * (2 if t.precision == "bf16" else 4)
+    slab = max(_SLAB_BYTES, 1 << (_BUFFERS * size - 1).bit_length())  # as `HostMemory` asks for it
+    return -(-number // (slab // size)) * slab
+
+
+def check_offload(config: Config, host: int | None) -> None:
+    """Refuse inputs of blocks that a rank's share of free host memory, in bytes, has no room for.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    need = offloaded_bytes(config)
+    if host is not None and need > host:
+        raise ConfigError(
+            f"training.activation_offload: inputs of blocks in host memory ({_size(need)}) <= what is free "
+            f"for a rank ({_size(host)}) does not hold; more sp ranks share a sequence, or machines"
+        )
 
 
 def memory_of_ranks(mesh: Mesh) -> Memory:

@@ -29,7 +29,7 @@ from pi_dist.training import checkpoint as checkpoints
 from pi_dist.training.compile_ahead import compile_ahead
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.evaluate import heldout_loss, make_loader
-from pi_dist.training.kept_memory import KeptPlan, memory_of_ranks, plan_kept_rows
+from pi_dist.training.kept_memory import KeptPlan, check_offload, memory_of_ranks, plan_kept_rows
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.optimizer import learning_rate
 from pi_dist.training.stop_request import LAUNCHER_LOST, STOP_SIGNALS, StopRequest
@@ -140,6 +140,8 @@ def _train(
     kept = None
     if config.training.chunk_tokens is not None:
         kept = plan_kept_rows(config, memory_of_ranks(mesh))
+    if config.training.activation_offload:
+        check_offload(config, memory_of_ranks(mesh).host)
     lock = _lock(config, mesh)
     found, refused = _find_checkpoint(config, mesh)
     notes = [f"refused {text}" for text in refused]
