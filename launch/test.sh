@@ -9,15 +9,16 @@
 #                                                        with apt where it is missing; skipped where it cannot be had
 #   bash launch/test.sh tests/test_pattern.py -k reach   some
 #   bash launch/test.sh ... --no-skips                   a test that is skipped fails
+#   bash launch/test.sh ... -n 0                         one after the other; else files of tests run beside each other
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
 which="not slow and not slurm"
-arguments=()
+arguments=(-n 3 --dist loadfile) # they wait for processes more than they compute
 for argument in "$@"; do
     case "$argument" in
         --slow) which="not slurm" ;;
-        --slurm) which="slurm" ;;
+        --slurm) which="slurm" arguments=() ;; # of one cluster
         *) arguments+=("$argument") ;;
     esac
 done
