@@ -10,6 +10,7 @@
 # this folder must be at the same place there, and the first node's own name must resolve to an address others can reach.
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank. Overrides: see `pi-dist train --help`.
 # SIGTERM, SIGHUP, SIGINT (Ctrl-C) or SIGUSR1 to this script: the run saves at the next step boundary and ends with 0.
+# What each rank says on stderr is also in a file of its own, in logs/ of the run's directory.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"

@@ -14,11 +14,12 @@ set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
 which="not slow and not slurm"
-arguments=(-n 3 --dist loadfile) # they wait for processes more than they compute
+workers=(-n 3 --dist loadfile) # tests wait for processes more than they compute
+arguments=()
 for argument in "$@"; do
     case "$argument" in
         --slow) which="not slurm" ;;
-        --slurm) which="slurm" arguments=() ;; # of one cluster
+        --slurm) which="slurm" workers=() ;; # there is one cluster
         *) arguments+=("$argument") ;;
     esac
 done
@@ -26,4 +27,4 @@ done
 bash "$root/launch/install.sh" test
 cd -- "$root"
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -m "$which" ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -m "$which" ${workers[@]+"${workers[@]}"} ${arguments[@]+"${arguments[@]}"}

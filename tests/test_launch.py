@@ -123,6 +123,20 @@ def finish(processes: list[subprocess.Popen], folder: Path) -> None:
         assert process.wait(timeout=150) == 0, (folder / f"log-{number}").read_text()
 
 
+def speaking(folder: Path) -> dict[str, str]:
+    """The environment of ranks of which the second says something on stderr."""
+    (folder / "sitecustomize.py").write_text(in_a_step(1, 1, r"os.write(2, b'said by rank 1\n')"))
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def check_logs(folder: Path) -> None:
+    """Each of the two ranks has a file of its own, and what it said was shown too."""
+    files = sorted((folder / "run" / "logs").iterdir())
+    assert [path.name for path in files] == ["rank-0.log", "rank-1.log"]
+    said = [path.read_text().count("said by rank 1\n") for path in (*files, folder / "log-0")]
+    assert said == [0, 1, 1]
+
+
 def nodes(**common: str) -> list[dict[str, str]]:
     """The environments of two nodes: MASTER_* are the same, NODE_RANK is not."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -130,8 +144,9 @@ def nodes(**common: str) -> list[dict[str, str]]:
 
 
 def test_mpirun(launch, expected, tmp_path):
-    finish(launch("mpirun.sh", 2, {}), tmp_path)
+    finish(launch("mpirun.sh", 2, speaking(tmp_path)), tmp_path)
     assert losses(tmp_path / "run") == expected
+    check_logs(tmp_path)
 
 
 @pytest.fixture
@@ -206,8 +221,9 @@ def test_mpirun_on_two_hosts(two_hosts, corpus, expected, tmp_path):
 
 
 def test_deepspeeds_launcher_on_one_node(launch, expected, tmp_path):
-    finish(launch("deepspeed.sh", 2, {"MASTER_PORT": str(free_port())}), tmp_path)
+    finish(launch("deepspeed.sh", 2, speaking(tmp_path) | {"MASTER_PORT": str(free_port())}), tmp_path)
     assert losses(tmp_path / "run") == expected
+    check_logs(tmp_path)
 
 
 def test_deepspeeds_launcher_with_a_hostfile(launch, expected, tmp_path):
@@ -409,7 +425,7 @@ def break_it():
 
     run._step = broken
 
-if os.environ.get("RANK") == "{rank}":
+if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "{rank}":
     threading.Thread(target=break_it, daemon=True).start()
 """
 

@@ -72,7 +72,8 @@ def run(arguments: Namespace) -> int:
     stop = StopRequest(early_signals() if is_launched else ())
     import torch.distributed as dist
 
-    from pi_dist.parallel.process_group import check_world_size
+    from pi_dist.parallel.process_group import check_world_size, rank_from_launcher
+    from pi_dist.training.rank_log import keep_stderr
     from pi_dist.training.trainer import train
 
     if arguments.record is not None:
@@ -82,7 +83,10 @@ def run(arguments: Namespace) -> int:
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 
-    config, outcome = train(config_of(arguments), launcher, stop)
+    config = config_of(arguments)
+    if is_launched and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun keeps them
+        keep_stderr(config.run_dir, rank_from_launcher())
+    config, outcome = train(config, launcher, stop)
     if dist.get_rank() == 0:
         print(_closing(config, outcome))
         if arguments.record is not None and outcome.losses:
