@@ -33,6 +33,9 @@ def test_a_record_says_how_it_was_made(name):
     record = kept_records()[name]
     assert set(record) == {"command", "device", "versions", "settings", "rows"}
     assert {"torch", "deepspeed", "python"} <= set(record["versions"]) and record["rows"]
+    if "what" in record["rows"][0]:
+        assert {row["what"] for row in record["rows"]} <= {"table", "layer", "kl"}
+        return
     if "gpus" in record["rows"][0]:
         for row in record["rows"]:
             assert row["gpus"] is None or {row["memory_source"], row["time_source"]} <= SOURCES, row

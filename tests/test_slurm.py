@@ -395,22 +395,29 @@ def test_the_first_error_of_four_ranks_is_the_last_thing_said(cluster, submit, t
     job = submit("run", "--gpus-per-node=2", env=environment)
     cluster.on("ctl", "scancel", job.number)
     job.script.write_text(job.script.read_text().replace("max_restarts=3", "max_restarts=0"))
+    stale = job.run_dir / "logs" / f"{int(job.number) + 99}-0_x" / "attempt_7" / "0" / "error.json"
+    stale.parent.mkdir(parents=True)  # of another job of the run
+    stale.write_text('{"message": "rank 0: of another job", "timestamp": 1}')
+    os.utime(stale, (2**32, 2**32))
     sbatch = ("sbatch", "--parsable", job.script)
     job = Submitted(cluster.on("ctl", *sbatch, env=os.environ | environment).strip(), job.run_dir)
     assert cluster.ended(job.number, 300) == "FAILED"
     assert job.log.endswith("\nrank 2: KeyError: 'injected'\n"), job.log
 
 
-def test_before_the_time_limit_state_is_saved_and_requeues_are_bounded(cluster, submit):
-    options = ("--max-requeues=0", "--grace=110")
+def test_before_the_time_limit_the_run_saves_and_goes_on_and_requeues_are_bounded(cluster, submit):
+    options = ("--max-requeues=1", "--grace=110")
     job = submit("run", *options, overrides=("--training.steps=100000", "--training.save_every=0"))
     job.reaches("step 3/")
     cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
     job.reaches("stopped by SIGUSR1 after step", 90)  # SLURM looks every 30 s
+    job.reaches("requeued 1 times", 120)
+    job.reaches("resuming at step", 120)
+    cluster.on("ctl", "scancel", "--signal=USR1", job.number)
     assert cluster.ended(job.number, 120) == "FAILED"
-    assert "requeues (0) < max_requeues (0) does not hold; state is saved" in job.log
+    assert "requeues (1) < max_requeues (1) does not hold; state is saved" in job.log
     assert cluster.job(job.number)["ExitCode"] == "75:0"
-    assert list(job.run_dir.glob("checkpoints/step-*"))
+    assert len(list(job.run_dir.glob("checkpoints/step-*"))) == 2
 
 
 def test_a_cancelled_run_saves_and_is_not_requeued(cluster, submit):

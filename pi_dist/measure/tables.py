@@ -37,6 +37,10 @@ def markdown_page() -> str:
 
 def markdown_table(record: dict) -> str:
     """A record as a Markdown table, or several; in a step's, reach stands beside the context."""
+    if "what" in record["rows"][0]:
+        from pi_dist.measure.paper import markdown  # which makes tables of these
+
+        return markdown(record).strip()
     if "gpus" in record["rows"][0]:
         return _savings_table(record["rows"])
     if "floor_ms" in record["rows"][0]:
