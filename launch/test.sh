@@ -14,7 +14,7 @@ set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
 which="not slow and not slurm"
-workers=(-n 3 --dist loadfile) # tests wait for processes more than they compute
+workers=(-n 2 --dist loadfile) # tests wait for processes more than they compute
 arguments=()
 for argument in "$@"; do
     case "$argument" in
