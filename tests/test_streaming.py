@@ -301,12 +301,12 @@ def test_a_run_with_rows_in_host_memory_has_the_same_losses(corpus, tmp_path):
     assert [run.kept.host for run in runs] == [False, True]
 
 
-def test_a_run_says_at_its_start_what_is_kept_and_where(corpus, tmp_path):
+def train_in_a_process(corpus, run_dir, **flags):
+    """`pi-dist train` of one layer and one step; "training.X" is given as X."""
     flags = {
-        **{"run_dir": tmp_path, "data.train": corpus / "train", "parallel.device": "cpu"},
+        **{"run_dir": run_dir, "data.train": corpus / "train", "parallel.device": "cpu"},
         **{"model.num_layers": 1, "model.hidden_size": 32, "model.num_heads": 4, "parallel.zero_stage": 1},
-        **{"training.context": 128, "training.chunk_tokens": 32, "training.steps": 1},
-        **{"training.batch_size": 1, "training.kept_rows": "host"},
+        **{f"training.{key}": value for key, value in ({"steps": 1, "batch_size": 1} | flags).items()},
     }
     command = [
         sys.executable,
@@ -315,13 +315,25 @@ def test_a_run_says_at_its_start_what_is_kept_and_where(corpus, tmp_path):
         "train",
         *(f"--{key}={value}" for key, value in flags.items()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+
+
+def test_a_run_says_at_its_start_what_is_kept_and_where(corpus, tmp_path):
+    done = train_in_a_process(corpus, tmp_path, context=128, chunk_tokens=32, kept_rows="host")
     assert done.returncode == 0, done.stderr
     # 16 rows of 32 keys and values, in fp32, of each chunk but the last; gradients of one chunk at a time
     said = (
         "4 chunks of 32 tokens; a rank keeps 12.0 KiB of keys and values for later chunks and at most 4.0 KiB"
     )
     assert f"{said} of their gradients, in host memory but for " in done.stdout
+
+
+def test_a_run_that_host_memory_has_no_room_for_is_refused(corpus, tmp_path):
+    offload = {"activation_checkpointing": "true", "activation_offload": "true"}
+    done = train_in_a_process(corpus, tmp_path / "run", context=2**40, **offload)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "training.activation_offload: inputs of blocks in host memory (1048576.0 GiB) <= " in done.stderr
+    assert not list(tmp_path.rglob("step-*"))
 
 
 class Held:
