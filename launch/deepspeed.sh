@@ -14,7 +14,8 @@
 # OMP_NUM_THREADS (default 1) is the number of CPU threads of each rank. Overrides: see `pi-dist train --help`.
 # SIGTERM, SIGHUP, SIGINT (Ctrl-C) or SIGUSR1 to this script: the run saves at the next step boundary and ends with 0
 # (but over ssh: there DeepSpeed tells the nodes to stop, does not wait for them, and ends with 1).
-# What each rank says on stderr is also in a file of its own, in logs/ of the run's directory.
+# What each rank says on stderr is also in a file of its own, in logs/ of the run's directory (with a terminal: but for
+# rank 0, which draws its bar there).
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
@@ -58,6 +59,12 @@ if [[ -n "${HOSTFILE:-}" ]]; then
         done
         if [[ ! "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] || ((NODE_RANK >= nodes)); then
             echo "launch/deepspeed.sh: 0 <= NODE_RANK ($NODE_RANK) < lines of $HOSTFILE ($nodes) does not hold" >&2
+            exit 2
+        fi
+        address="$({ getent ahostsv4 "$MASTER_ADDR" || true; } | awk 'NR == 1 { print $1 }')"
+        if [[ -z "$address" || ( "$address" == 127.* && "$MASTER_ADDR" != 127.* ) ]]; then
+            echo "launch/deepspeed.sh: MASTER_ADDR $MASTER_ADDR resolves to ${address:-no address}, which other nodes" \
+                "cannot reach; see /etc/hosts" >&2
             exit 2
         fi
         where+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
-import time
 import traceback
 import warnings
 from argparse import ArgumentError
@@ -29,6 +26,7 @@ from pi_dist.commands import (
     train,
 )
 from pi_dist.config import UserError
+from pi_dist.training.rank_log import tell_launcher
 
 FAILED = 1
 BAD_INPUT = 2
@@ -76,26 +74,18 @@ def main(argv: list[str] | None = None) -> None:
         status = command.run(parser.parse_args(argv[1:]))
     except (ArgumentError, UserError, OSError) as error:
         print(f"pi-dist {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
-        _tell_launcher(_one_line(error))
+        tell_launcher(_one_line(error))
         status = BAD_INPUT
     except KeyboardInterrupt:  # `train` takes it for a signal to save
         print(f"pi-dist {argv[0]}: interrupted", file=sys.stderr)
         status = INTERRUPTED
     except Exception as error:
         traceback.print_exc()
-        _tell_launcher("".join(traceback.format_exception_only(error)).strip())
+        tell_launcher("".join(traceback.format_exception_only(error)).strip())
         status = FAILED
     if status == bench.UNFINISHED_RECORD:
-        _tell_launcher("rows are left, run it again to go on")
+        tell_launcher("rows are left, run it again to go on")
     _leave(status)
-
-
-def _tell_launcher(text: str) -> None:
-    """Let torchrun, which has the last word, say what happened rather than the exit status alone."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-            text = f"rank {os.environ['RANK']}: {text}"
-            json.dump({"message": text, "timestamp": int(time.time())}, file, ensure_ascii=False)
 
 
 def _leave(status: int) -> None:

@@ -404,6 +404,38 @@ def test_the_first_error_of_four_ranks_is_the_last_thing_said(launch, tmp_path):
     assert all("Traceback" not in text or "the first to fail was rank 2: KeyError" in text for text in said)
 
 
+def test_deepspeeds_launcher_does_not_cut_off_what_ranks_say_at_their_end(launch, tmp_path):
+    """It ends the children of the other ranks at once, and of these what still says which rank failed."""
+    (tmp_path / "sitecustomize.py").write_text(in_a_step(1, 1, "raise KeyError('injected')"))
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "MASTER_PORT": str(free_port())}
+    (process,) = launch("deepspeed.sh", 2, environment)
+    assert process.wait(timeout=150) != 0
+    logs = [(tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert "KeyError: 'injected'" in logs[1] and "the first to fail was rank 1: KeyError" in logs[0]
+    shown = (tmp_path / "log-0").read_text()
+    assert all(line in shown for log in logs for line in log.splitlines())
+
+
+def test_a_ranks_file_gets_its_last_words_also_when_nobody_else_reads_them(tmp_path):
+    script = f"""import os, signal
+from pi_dist.training.rank_log import keep_stderr
+keep_stderr({str(tmp_path)!r}, 1)
+os.write(2, b"first\\n")
+children = open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children").read()
+os.write(1, children.encode() + b"\\n")
+os.read(0, 1)
+os.write(2, b"second\\n")
+os.kill(os.getpid(), signal.SIGKILL)"""
+    pipe = subprocess.PIPE
+    rank = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT)
+    assert rank.stdout.readline() == b"\n"  # no children, which a launcher might end
+    assert rank.stderr.readline() == b"first\n"
+    rank.stderr.close()
+    rank.communicate(b"x")
+    log = tmp_path / "logs" / "rank-1.log"
+    wait_for(lambda: log.read_text() == "first\nsecond\n", tmp_path, 20)
+
+
 def in_a_step(rank: int, step: int, statement: str) -> str:
     """A sitecustomize.py by which a rank executes a statement in an optimizer step (0 is the first)."""
     return IN_A_STEP.format(rank=rank, step=step, statement=statement)

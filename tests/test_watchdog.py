@@ -93,6 +93,7 @@ def stop_a_rank(corpus, run_dir, rank, environment):
     finally:
         end(job)
     assert "error: no step for 4 s" in err and f"exitcode  : {HUNG}" in err
+    assert "no step for 4 s" in err[err.rindex("Root Cause") :], err  # the last that is said
     return err, stopped
 
 
@@ -152,6 +153,28 @@ def test_a_store_that_stops_while_ranks_find_each_other_ends_them(corpus, tmp_pa
     assert rank.returncode == HUNG, said
     assert "error: rank 1: the ranks have not found each other in 6 s" in said
     assert "init_process_group" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+
+
+def test_stacks_are_kept_also_when_nobody_reads_what_is_said(tmp_path):
+    """And torchrun, if it is there, is told what was said."""
+    script = f"""from pathlib import Path
+from pi_dist.training.watchdog import _die
+input()
+_die(["error: rank 1 is stopped"], Path({str(tmp_path)!r}) / "stacks" / "rank_0.txt", "rank 0")"""
+    environment = os.environ | {"RANK": "0", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd=ROOT,
+    )
+    rank.stderr.close()
+    rank.communicate(b"\n", timeout=60)
+    assert (
+        rank.returncode == HUNG and "most recent call first" in (tmp_path / "stacks/rank_0.txt").read_text()
+    )
+    assert '"message": "rank 0: rank 1 is stopped; stacks' in (tmp_path / "error.json").read_text()
 
 
 def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_path):

@@ -35,6 +35,7 @@ import torch.distributed as dist
 
 from pi_dist.config import ConfigError, UserError
 from pi_dist.parallel.process_group import rank_from_launcher
+from pi_dist.training.rank_log import tell_launcher
 from pi_dist.training.stop_request import LAUNCHER_LOST
 
 HUNG = 74  # EX_IOERR
@@ -113,7 +114,10 @@ class Watchdog:
             first = self._failed_before(error) or self._waited_for(error)
             if first is not None and not isinstance(error, UserError):  # whose own words suffice
                 error.add_note(first)
+                # a launcher that ends all ranks when one has failed does not cut off what this one has to say
+                before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 time.sleep(LAST_WORD_S)
+                signal.signal(signal.SIGTERM, before)
 
     def _failed_before(self, error: Exception) -> str | None:
         """Which rank failed before this error of this one, and how; None: this one is the first."""
@@ -297,16 +301,23 @@ def _die(lines: list[str], path: Path, title: str) -> None:
     threading.Timer(10.0, os._exit, (HUNG,)).start()  # if a file system hangs too
     try:
         if lines:
-            text = "\n  ".join([*lines, f"stacks of the ranks: {path.parent}"])
-            print(text, file=sys.stderr, flush=True)
+            lines = [*lines, f"stacks of the ranks: {path.parent}"]
+            tell_launcher("; ".join(lines).removeprefix("error: "), seconds_ago=1)  # before those killed here
+            _say("\n  ".join(lines))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             print(title, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
     except OSError as error:
-        print(f"no stacks of process {os.getpid()}: {error}", file=sys.stderr, flush=True)
+        _say(f"no stacks of process {os.getpid()}: {error}")
     finally:
         os._exit(HUNG)
+
+
+def _say(text: str) -> None:
+    """On stderr, if there is still someone who reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _process(pid: int) -> list[Any]:
