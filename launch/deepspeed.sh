@@ -21,6 +21,8 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
 # shellcheck source=launch/forward_signals.sh
 source "$root/launch/forward_signals.sh"
+# shellcheck source=launch/master_address.sh
+source "$root/launch/master_address.sh"
 if (($# < 2)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash launch/deepspeed.sh NPROC CONFIG [overrides]" >&2
     exit 2
@@ -61,12 +63,10 @@ if [[ -n "${HOSTFILE:-}" ]]; then
             echo "launch/deepspeed.sh: 0 <= NODE_RANK ($NODE_RANK) < lines of $HOSTFILE ($nodes) does not hold" >&2
             exit 2
         fi
-        address="$({ getent ahostsv4 "$MASTER_ADDR" || true; } | awk 'NR == 1 { print $1 }')"
-        if [[ -z "$address" || ( "$address" == 127.* && "$MASTER_ADDR" != 127.* ) ]]; then
-            echo "launch/deepspeed.sh: MASTER_ADDR $MASTER_ADDR resolves to ${address:-no address}, which other nodes" \
-                "cannot reach; see /etc/hosts" >&2
+        why="$(master_address "$MASTER_ADDR")" || {
+            echo "launch/deepspeed.sh: $why" >&2
             exit 2
-        fi
+        }
         where+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
     else
         over_ssh=yes

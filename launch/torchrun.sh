@@ -23,6 +23,8 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)"
 # shellcheck source=launch/forward_signals.sh
 source "$root/launch/forward_signals.sh"
+# shellcheck source=launch/master_address.sh
+source "$root/launch/master_address.sh"
 if (($# < 2)) || [[ ! "$1" =~ ^([1-9][0-9]*|gpu)$ ]]; then
     echo "usage: bash launch/torchrun.sh NPROC CONFIG [overrides]      (NPROC: a number, or gpu)" >&2
     exit 2
@@ -52,11 +54,7 @@ if [[ "$nnodes" != 1 ]]; then
             fail "NODE_RANK: 0 <= NODE_RANK ($NODE_RANK) < NNODES ($nnodes) does not hold"
         fi
     fi
-    address="$({ getent ahostsv4 "$MASTER_ADDR" || true; } | awk 'NR == 1 { print $1 }')"
-    [[ -n "$address" ]] || fail "MASTER_ADDR: the name $MASTER_ADDR resolves to no address"
-    if [[ "$address" == 127.* && "$MASTER_ADDR" != 127.* ]]; then
-        fail "MASTER_ADDR: $MASTER_ADDR resolves to $address, which other nodes cannot reach; see /etc/hosts"
-    fi
+    address="$(master_address "$MASTER_ADDR")" || fail "$address"
     if [[ -z "$which" && "$NODE_RANK" == 0 ]] && (: <"/dev/tcp/$address/$MASTER_PORT") 2>/dev/null; then
         fail "MASTER_PORT: port $MASTER_PORT of $MASTER_ADDR is taken; choose another, the same on all nodes"
     fi

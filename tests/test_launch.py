@@ -462,6 +462,7 @@ if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "{rank}":
 """
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize(
     ("address", "named"),
     [
@@ -470,11 +471,12 @@ if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "{rank}":
         ("127.0.0.1", "of 127.0.0.1 is taken"),
     ],
 )
-def test_a_head_node_that_cannot_be_used_is_an_error_in_seconds(launch, tmp_path, address, named):
+def test_a_head_node_that_cannot_be_used_is_an_error_in_seconds(launch, tmp_path, address, named, script):
+    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         where = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": port}
-        (process,) = launch("torchrun.sh", 1, where)
+        (process,) = launch(script, 1, where | {"HOSTFILE": str(tmp_path / "hosts")})
         assert process.wait(timeout=30) == 2
     assert named in (tmp_path / "log-0").read_text()
 
