@@ -75,11 +75,11 @@ def _savings_table(rows: list[dict]) -> str:
         kept = "in host memory" if row["activation_offload"] and not row["streamed"] else "there"
         cells = [row["note"], "", ""]
         if row["gpus"] is not None:
-            about = ("" if row[f"{what}_source"] == "measured" else "~" for what in ("memory", "time"))
-            cells = [str(row["gpus"]), f"{next(about)}{row['peak_mib'] / 1024:,.1f}"]
-            cells.append(f"{next(about)}{row['ms']:,.0f}")
-        name = {"pi": f"π, k = {row['window']}, M = {row['num_skips']}"}.get(row["method"], row["method"])
-        name += ", in chunks" if row["streamed"] else ""
+            found = {"memory": f"{row['peak_mib'] / 1024:,.1f}", "time": f"{row['ms']:,.0f}"}
+            about = {what: "" if row[f"{what}_source"] == "measured" else "~" for what in found}
+            cells = [str(row["gpus"]), *(about[what] + found[what] for what in found)]
+        skips = row["num_skips"] if row["method"] == "pi" else 0  # those of a record are of its π
+        name = _pattern_of(row | {"num_skips": skips}) + (", in chunks" if row["streamed"] else "")
         what = [row["preset"], name, f"{row['context']:,}", f"{row['reach']:,}"]
         lines.append([*what, kept, *cells])
     return table(

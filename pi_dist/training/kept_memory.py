@@ -1,6 +1,7 @@
 """Where the rows lie that a run in chunks keeps: decided before it starts, from closed forms, and said.
 
-And what host memory the inputs of recomputed blocks take, where they are offloaded."""
+And what host memory the inputs of recomputed blocks take, where they are offloaded.
+"""
 
 from __future__ import annotations
 
