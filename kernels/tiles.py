@@ -51,12 +51,16 @@ class Scores(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Keys of the dropout bits; 32-bit values as signed integers, so that their type never changes."""
+    """Keys of the dropout bits; 32-bit values as signed integers, so that their type never changes.
+
+    moved: tokens by which the keys lie later in the launch than in the sequence.
+    """
 
     seed_low: Any
     seed_high: Any
     row_start: Any
     query_start: Any
+    moved: Any
     threshold: Any
     keep_scale: Any
 
@@ -398,7 +402,8 @@ def query_hash(dropout, batch, queries, head, OPTIONS: tl.constexpr):
 
 @triton.jit
 def keep(hashed, offset, dropout):
-    """Whether dropout keeps the neighbour `offset` (int64) tokens before the query."""
+    """Whether dropout keeps the neighbour that a launch sees `offset` (int64) tokens before the query."""
+    offset += dropout.moved
     bits = _mix(_mix(hashed ^ offset.to(tl.uint32)) ^ (offset >> 32).to(tl.uint32))
     return bits >= (offset * 0 + dropout.threshold).to(tl.uint32)
 

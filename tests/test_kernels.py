@@ -26,7 +26,7 @@ from pi_dist.measure.kernel_tuning import trials, use
 from pi_dist.ops import PiPattern, pi_attention, triton_backend, triton_bands, triton_launches
 from pi_dist.ops.oracle import pi_attention_oracle
 from pi_dist.ops.pi_attention import token_labels
-from pi_dist.ops.spec import AttentionSpec
+from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run
 from pi_dist.ops.triton_bands import BOTH, RING, SKIP
 from pi_dist.ops.triton_compile import Call
 from pi_dist.parallel.exchange_plan import make_plan
@@ -595,6 +595,25 @@ def test_shards_with_received_rows_equal_the_whole_sequence(pattern, heads, kv_h
     masks = {} if labels is None else {"segment_ids": labels, "padding_mask": labels >= 0}
     expected = results(pi_attention_oracle, inputs, dout, pattern, torch.float64, **options, **masks)
     assert_close(on_ranks(inputs, dout, pattern, labels, 3, options), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_that_one_skip_sees_cost_the_same_at_any_distance(causal):
+    """No launch works on the places between such rows and the queries that look at them."""
+
+    def programs(distance):
+        pattern = PiPattern(3, distance, causal)
+        runs = (Run(0, 96), Run(-distance, 96 - distance), Run(distance + 48, distance + 96))
+        blocks = tuple(KeyBlock((0, 1), Run(a + 10**6, b + 10**6)) for a, b in runs[: 2 if causal else 3])
+        spec = AttentionSpec(pattern, 2, blocks, 0.5, 20.0, 0.0, 0, 10**6, 0)
+        shape, device = torch.Size((1, 96, 2, 16)), torch.device(DEVICE)
+        plan = triton_launches.LaunchPlan(spec, shape, torch.float32, device, True, False, 32)
+        launches = (*plan.forward, *plan.backward.sent, *plan.backward.rest)
+        return [(launch.kernel, launch.part.view, launch.programs) for launch in launches]
+
+    near = programs(200)
+    assert near == programs(2**19) and len(near) > 3
+    assert causal or slice(47, 96) in [view for _, view, _ in near]
 
 
 def test_the_interior_is_worked_on_while_rows_travel():

@@ -6,7 +6,7 @@ The keys of a shard and each run of received rows are blocks of their own, so no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pi_dist.kernels import tiles
 from pi_dist.ops.pattern import PiPattern
@@ -35,14 +35,20 @@ class Band:
 class Part:
     """Queries that look at one block of keys by one band.
 
+    Skips of which a block is seen by one alone become a skip of one token, and the keys lie next to their
+    queries: the launch works on no place between them.
+
     Attributes:
+        pattern: by which they look.
         index: of the block in `AttentionSpec.blocks`.
         queries: their global positions.
+        keys: those of the block, `moved` tokens later.
         view: where they lie in the tensors of all queries; None: they are all.
         strides: of the query heads that look at the block.
         local: whether the block holds the keys at the positions of all queries.
     """
 
+    pattern: PiPattern
     band: Band
     block: KeyBlock
     index: int
@@ -50,11 +56,16 @@ class Part:
     view: slice | None
     strides: tuple[int, ...]
     local: bool
+    moved: int = 0
+
+    @property
+    def keys(self) -> Run:
+        return Run(self.block.run.start + self.moved, self.block.run.stop + self.moved)
 
     @property
     def span(self) -> int:
         """Tokens from the first query or key to the last."""
-        return _span(self.queries, self.block.run)
+        return _span(self.queries, self.keys)
 
 
 def parts_of(spec: AttentionSpec, num_heads: int, q_len: int) -> tuple[Part, ...]:
@@ -81,16 +92,46 @@ def parts_of(spec: AttentionSpec, num_heads: int, q_len: int) -> tuple[Part, ...
                 f"backend 'triton': queries and keys within ({span}) < 2^29 tokens does not hold"
             )
         for band in _bands(pattern, strides, span, local):
-            seen = queries
+            part = Part(pattern, band, block, index, queries, None, strides, local)
+            if band.kind == SKIP and not local:
+                part = _next_to_queries(part)
             if parts and not band.shifts:
-                back = pattern.num_skips * max(strides) if band.kind == SKIP else band.left
-                ahead = 0 if pattern.causal else back
-                seen = Run(max(seen.start, block.run.start - ahead), min(seen.stop, block.run.stop + back))
-            if seen.start < seen.stop:
-                view = slice(seen.start - queries.start, seen.stop - queries.start)
-                whole = seen == queries
-                parts.append(Part(band, block, index, seen, None if whole else view, strides, local))
+                part = _of_queries_in_sight(part)
+            if part.queries.start < part.queries.stop:
+                parts.append(part)
     return tuple(parts)
+
+
+def _next_to_queries(part: Part) -> Part:
+    """A part of which some query sees some key by one skip alone, as a part of a skip of one token."""
+    pattern, stride, (start, stop) = part.pattern, part.strides[0], part.block.run
+    if len(set(part.strides)) > 1:
+        return part
+
+    def skips(nearest: int, farthest: int) -> range:
+        """Those of `nearest` to `farthest` tokens."""
+        low, high = max(-(-nearest // stride), pattern.window // stride + 1), farthest // stride
+        return range(low, min(high, pattern.num_skips) + 1)
+
+    nearest, farthest = part.queries.start - stop + 1, part.queries.stop - 1 - start
+    behind, ahead = skips(nearest, farthest), skips(-farthest, -nearest)
+    if len(behind) + (0 if pattern.causal else len(ahead)) != 1:
+        return part
+    offset = behind[0] * stride if behind else -ahead[0] * stride
+    next_to = PiPattern(window=0, strides=1, include_self=False)
+    strides, band = (1,) * len(part.strides), Band(SKIP, 1, 0)
+    return replace(part, pattern=next_to, band=band, strides=strides, moved=offset - 1)
+
+
+def _of_queries_in_sight(part: Part) -> Part:
+    """The part of those queries alone that may look at its keys."""
+    band, whole, (start, stop) = part.band, part.queries, part.keys
+    back = part.pattern.num_skips * max(part.strides) if band.kind == SKIP else band.left
+    ahead = 0 if part.pattern.causal else back
+    seen = Run(max(whole.start, start - ahead), min(whole.stop, stop + back))
+    if seen == whole:
+        return part
+    return replace(part, queries=seen, view=slice(seen.start - whole.start, seen.stop - whole.start))
 
 
 def _span(queries: Run, keys: Run) -> int:

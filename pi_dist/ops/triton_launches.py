@@ -92,8 +92,9 @@ class LaunchPlan:
             _signed(spec.seed >> 32),
             spec.row_start,
             spec.query_start,
-            _signed(min(round(spec.dropout_p * 2**32), 2**32 - 1)),
-            1 / (1 - spec.dropout_p),
+            moved=0,
+            threshold=_signed(min(round(spec.dropout_p * 2**32), 2**32 - 1)),
+            keep_scale=1 / (1 - spec.dropout_p),
         )
         self._parts = parts_of(spec, self._num_heads, self._q_len)
         self.several_parts = len(self._parts) > 1
@@ -192,7 +193,7 @@ class LaunchPlan:
     def _keys(self, part: Part, touched: set[int]) -> Iterator[Launch]:
         """The launches for dk and dv of a part's keys; `touched`: the blocks that have some already."""
         sizes, heads = self._block_sizes("keys", part), len(part.block.heads)
-        num_tiles = self._num_tiles(part, sizes.block_m, _length(part.block.run))
+        num_tiles = self._num_tiles(part, sizes.block_m, _length(part.keys))
         for first, shares in self._shares(part):
             options = self._options(part, sizes, merge=part.index in touched, shares=shares)
             touched.add(part.index)
@@ -241,20 +242,20 @@ class LaunchPlan:
         options: Options,
         *first_share: int,
     ) -> Launch:
-        queries, keys = part.queries, part.block.run
+        queries, keys = part.queries, part.keys
         arguments = (
             _table(self._spec.pattern.head_strides(self._num_heads), self._device),
             _table(part.block.heads, self._device),
             Sizes(_length(queries), _length(keys), heads, num_tiles, queries.start - keys.start),
             self._scores(part),
-            self._dropout._replace(query_start=queries.start),
+            self._dropout._replace(query_start=queries.start, moved=part.moved),
             *first_share,
         )
         keywords = {"OPTIONS": options, **launch_options(sizes)}
         return Launch(kernel, part, num_tiles * heads, arguments, keywords)
 
     def _scores(self, part: Part) -> Scores:
-        pattern, spec = self._spec.pattern, self._spec
+        pattern, spec = part.pattern, self._spec
         window, stride = min(pattern.window, part.span), part.strides[0]
         return Scores(window, stride, pattern.num_skips, spec.softmax_scale, spec.logit_cap or 0.0)
 
@@ -268,7 +269,7 @@ class LaunchPlan:
         several_parts: bool = False,
         walk: bool = False,
     ) -> Options:
-        band, pattern, spec = part.band, self._spec.pattern, self._spec
+        band, pattern, spec = part.band, part.pattern, self._spec
         capped = spec.logit_cap is not None
         tile = sizes.block_m + sizes.block_n + band.left + band.right  # more tokens than a tile spans
         tokens = part.span if band.kind == SKIP else tile
