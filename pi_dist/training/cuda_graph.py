@@ -91,11 +91,12 @@ class GraphedModel(nn.Module):
 def _has_room(device: torch.device) -> bool:
     """Whether every rank has twice the memory that passes have taken so far beside what is always there.
 
-    Graphs hold on to it, so that what else a run does, as evaluation, needs its own. Collective: whether a
-    collective is captured must not differ between ranks.
+    Graphs hold on to it, so that what else a run does, as evaluation, needs its own. A tenth of the GPU's
+    memory stays free, for what is in no tensor, such as a graph's own nodes and the libraries' workspaces.
+    Collective: whether a collective is captured must not differ between ranks.
     """
-    held, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
-    room = free + torch.cuda.memory_reserved(device) - held
+    held, (free, whole) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
+    room = free - whole // 10 + torch.cuda.memory_reserved(device) - held
     needed = 2 * (torch.cuda.max_memory_allocated(device) - held)
     fits = torch.tensor(float(room >= needed), device=device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
