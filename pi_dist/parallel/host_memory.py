@@ -14,6 +14,11 @@ _SLAB_BYTES = 2**16  # the least that is asked for at once
 _BUFFERS = 8  # that a slab holds at least: as pinned memory comes in powers of two, under 1/9 is left over
 
 
+def slab_bytes(size: int) -> int:
+    """Of the memory that is asked for at once for buffers of `size` bytes: as many of them as fit."""
+    return max(_SLAB_BYTES, 1 << (_BUFFERS * size - 1).bit_length())
+
+
 class HostMemory:
     """Buffers of host memory, pinned where the device is a GPU, and the stream that fills and reads them.
 
@@ -33,9 +38,8 @@ class HostMemory:
         size, pinned = tensor.numel() * tensor.element_size(), tensor.is_cuda
         free = self._free[size, pinned]
         if not free:
-            slab_size = max(_SLAB_BYTES, 1 << (_BUFFERS * size - 1).bit_length())
-            slab = torch.empty(slab_size, dtype=torch.uint8, pin_memory=pinned)
-            free += slab[: slab_size // size * size].split(size)
+            slab = torch.empty(slab_bytes(size), dtype=torch.uint8, pin_memory=pinned)
+            free += slab[: len(slab) // size * size].split(size)
         buffer = free.pop().view(tensor.dtype).view(tensor.shape)
         return buffer, self._copy(buffer, tensor, tensor.device)
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pi_dist.config import Config, ConfigError
 from pi_dist.model.flops import matmul_parameters
 from pi_dist.ops.pattern import layer_patterns
-from pi_dist.parallel.host_memory import _BUFFERS, _SLAB_BYTES, HostMemory
+from pi_dist.parallel.host_memory import HostMemory, slab_bytes
 from pi_dist.parallel.kept_keys import KeptSize, Placement, kept_size
 from pi_dist.parallel.mesh import Mesh
 
@@ -149,7 +149,7 @@ def offloaded_bytes(config: Config) -> int:
     number = m.num_layers * (1 if t.mlp_tile_tokens is None else 2)
     tokens = t.micro_batch_size * t.context // p.sp_degree
     size = tokens * m.hidden_size * (2 if t.precision == "bf16" else 4)
-    slab = max(_SLAB_BYTES, 1 << (_BUFFERS * size - 1).bit_length())  # as `HostMemory` asks for it
+    slab = slab_bytes(size)
     return -(-number // (slab // size)) * slab
 
 
