@@ -39,6 +39,7 @@ class GraphedModel(nn.Module):
         self.model, self._most_tokens = model, most_tokens
         self._replays = True
         self._kind: tuple[Any, ...] | None = None
+        self._before = 0  # bytes that were allocated before the first pass of this kind
         self._graphs: _Graphs | None = None
 
     def forward(
@@ -60,10 +61,12 @@ class GraphedModel(nn.Module):
         if kind != self._kind:
             self.forget()
             self._kind = kind
+            if tokens.is_cuda:
+                self._before = torch.cuda.memory_allocated(tokens.device)
             return _until_backward(self.model(tokens, labels, context))
         inputs = [tokens, labels] + ([context.labels] if has_documents else [])
         if self._graphs is None:
-            if not _has_room(tokens.device):
+            if not _has_room(tokens.device, self._before):
                 self._replays = False
                 return self.model(tokens, labels, context)
             self._graphs = _Graphs(self.model, inputs, context)
@@ -88,8 +91,8 @@ class GraphedModel(nn.Module):
             self._replays = before
 
 
-def _has_room(device: torch.device) -> bool:
-    """Whether every rank has twice the memory that passes have taken so far beside what is always there.
+def _has_room(device: torch.device, before: int) -> bool:
+    """Whether every rank has twice the memory that a pass took, before which there were so many bytes.
 
     Graphs hold on to it, so that what else a run does, as evaluation, needs its own. A tenth of the GPU's
     memory stays free, for what is in no tensor, such as a graph's own nodes and the libraries' workspaces.
@@ -97,7 +100,7 @@ def _has_room(device: torch.device) -> bool:
     """
     held, (free, whole) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
     room = free - whole // 10 + torch.cuda.memory_reserved(device) - held
-    needed = 2 * (torch.cuda.max_memory_allocated(device) - held)
+    needed = 2 * (torch.cuda.max_memory_allocated(device) - before)
     fits = torch.tensor(float(room >= needed), device=device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     return bool(fits)
