@@ -80,28 +80,34 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
     for paced in range(min(can_be_paced, len(jobs) - GPU_CONSTANTS) + 1):
         launched = [1e6 * s / work(config, ranks, profile).layers for config, ranks, s in jobs[:paced]]
         layer_us = statistics.fmean(launched) if launched else 0.0
-        found.append(replace(_fit_gpu(profile, jobs[paced:]), layer_us=layer_us))
+        found.append(replace(fit_gpu(profile, jobs[paced:]), layer_us=layer_us))
     best = min(found, key=error)
     return best if best.layer_us else replace(best, layer_us=profile.layer_us)  # no step tells of the host
 
 
-def _fit_gpu(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
-    """The constants of the GPU's time, from steps that the host does not pace."""
-    base = replace(profile, matmul_share=1.0, block_moves=1.0)
+def fit_gpu(
+    profile: Profile, jobs: list[tuple[Config, int, float]], matmul_share: float | None = None
+) -> Profile:
+    """The constants of the GPU's time, from steps that the host does not pace; `matmul_share`: if known."""
+    base = replace(profile, matmul_share=matmul_share or 1.0, block_moves=1.0)
     rows, target = [], []
     for config, ranks, seconds in jobs:
         done = work(config, ranks, base)
         exact = gpu_seconds(
             replace(done, matmul_flops=0, moved_bytes=0, fixed_seconds=0), base
         )  # in the ratio of forward and backward that the profile has
-        products = done.matmul_flops / base.matmul_flops_per_s  # no rate is above the measured one
+        rate = base.matmul_share * base.matmul_flops_per_s
+        products = done.matmul_flops / rate  # no rate is above the measured one
         parts = (products, done.moved_bytes / base.copy_bytes_per_s, exact)
         rows.append([part / seconds for part in parts])
         target.append(1 - (products + done.fixed_seconds) / seconds)
-    slower, moves, exact = least_squares(np.array(rows), np.array(target))
+    columns = np.array(rows)
+    if matmul_share is not None:
+        columns[:, 0] = 0.0
+    slower, moves, exact = least_squares(columns, np.array(target))
     return replace(
         profile,
-        matmul_share=1 / (1 + float(slower)),
+        matmul_share=base.matmul_share / (1 + float(slower)),
         block_moves=float(moves),
         exact_forward_flops_per_s=profile.exact_forward_flops_per_s / (float(exact) or 1.0),
         exact_backward_flops_per_s=profile.exact_backward_flops_per_s / (float(exact) or 1.0),

@@ -37,6 +37,11 @@ _EXACT_COPIES = 24
 _RING_COPIES = 9
 _RING_COPIES_OF_TWO = 7  # no keys arrive while others than a rank's own are worked on
 _ULYSSES_COPIES = -2  # what is gathered takes the place of what it was gathered from
+# Keys a query that a call of exact attention could look at while its tiles only begin and end: of all pairs,
+# 1 % at 200k tokens, a quarter at 8k. Fitted to dense steps of the small and medium models on an H100.
+_FILL_KEYS = 1024
+# Of what a block with a gate moves, that of the gate: by its code d/2 numbers twice forward, four times back.
+_GATE_MOVES = 0.07
 _INPUTS_HERE = 3  # of blocks, where the rest are in host memory: one that leaves, one in use, one that comes
 _STATE_BYTES = 28  # read and written by AdamW for each parameter of a partition
 _ADDED_BYTES = 12  # for each parameter, where a further micro-step's gradient is added to an fp32 one
@@ -201,10 +206,14 @@ def forward_passes(config: Config) -> float:
     return passes + 1 - 1 / num_chunks(config.training)
 
 
-def exact_flops(config: Config) -> float:
-    """4·head_dim FLOP for each pair of a query and a key of one exact layer, all heads, one rank, forward."""
-    t = config.training
-    pairs = t.context * (t.context + 1) / 2 / config.parallel.sp_degree
+def exact_flops(config: Config, method: Method) -> float:
+    """4·head_dim FLOP for each pair of a query and a key of one exact layer, all heads, one rank, forward.
+
+    And those that there is time for while calls begin and end; a ring has one for every block of keys.
+    """
+    t, ranks = config.training, config.parallel.sp_degree
+    calls = ranks if method == "ring" else 1
+    pairs = t.context / ranks * ((t.context + 1) / 2 + calls * _FILL_KEYS)
     return 4.0 * config.model.hidden_size * pairs * t.micro_batch_size
 
 
@@ -233,19 +242,21 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     if t.activation_checkpointing is True:
         flops -= tokens * 8.0 * m.num_layers * m.hidden_size**2  # not computed again
     element = BYTES[t.precision]
-    exact_layers = sum(method in EXACT_METHODS for method in m.methods)
+    exact = sum(exact_flops(config, method) for method in m.methods if method in EXACT_METHODS)
     seconds = _kernel_seconds(config, profile, forwards) + _merge_seconds(config, profile, forwards)
     seconds += tokens * m.vocab_size * _LOGIT_MOVES * element / profile.copy_bytes_per_s
     steps = accumulation_steps(config, world_size)
     states = num_parameters(config) * (_STATE_BYTES / (world_size if p.zero_stage else 1) + 8)
     states += num_parameters(config) * _ADDED_BYTES * (steps * num_chunks(t) - 1)
+    moves = forwards + (1 if t.activation_checkpointing == "selective" else 0)  # all but products, once more
+    moved = tokens * sum(1.0 if m.gated(layer) else 1 - _GATE_MOVES for layer in range(m.num_layers))
     launched = 0 if replays_graphs(config, "cuda") else steps * m.num_layers * num_chunks(t)
     return Work(
         matmul_flops=steps * flops,
-        moved_bytes=steps * tokens * m.num_layers * m.hidden_size * element * (forwards + 2) / 4,
+        moved_bytes=steps * moved * m.hidden_size * element * (moves + 2) / 4,
         layers=launched * (forwards + 2) / 4,
-        exact_forward_flops=steps * forwards * exact_layers * exact_flops(config),
-        exact_backward_flops=steps * 2.5 * exact_layers * exact_flops(config),
+        exact_forward_flops=steps * forwards * exact,
+        exact_backward_flops=steps * 2.5 * exact,
         fixed_seconds=steps * seconds + states / profile.copy_bytes_per_s,
     )
 
@@ -324,7 +335,7 @@ def _layer_wait(
         return 4 * passes * latency + sent / rate
     if method == "ring":
         steps = passes * (ranks - 1) + 1
-        compute = exact_flops(config) * (
+        compute = exact_flops(config, method) * (
             forwards / profile.exact_forward_flops_per_s + 2.5 / profile.exact_backward_flops_per_s
         )
         around = rebalanced_bytes(config) * t.micro_batch_size

@@ -69,22 +69,45 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _savings_table(rows: list[dict]) -> str:
-    """The fewest GPUs of each method, what each of them needs, and which of it is predicted (~)."""
-    lines = []
+    """The fewest GPUs of each method at each context (GiB a GPU, ms a step), or "none".
+
+    ~: predicted; ≈: a rank's time measured, and communication predicted.
+    """
+    contexts = sorted({row["context"] for row in rows})
+    lines: dict[tuple[str, ...], dict[int, dict]] = {}
     for row in rows:
-        kept = "in host memory" if row["activation_offload"] and not row["streamed"] else "there"
-        cells = [row["note"], "", ""]
-        if row["gpus"] is not None:
-            found = {"memory": f"{row['peak_mib'] / 1024:,.1f}", "time": f"{row['ms']:,.0f}"}
-            about = {what: "" if row[f"{what}_source"] == "measured" else "~" for what in found}
-            cells = [str(row["gpus"]), *(about[what] + found[what] for what in found)]
         skips = row["num_skips"] if row["method"] == "pi" else 0  # those of a record are of its π
         name = _pattern_of(row | {"num_skips": skips}) + (", in chunks" if row["streamed"] else "")
-        what = [row["preset"], name, f"{row['context']:,}", f"{row['reach']:,}"]
-        lines.append([*what, kept, *cells])
+        name += (
+            ", inputs of blocks in host memory" if row["activation_offload"] and not row["streamed"] else ""
+        )
+        limit = "" if row["budget_ms"] is None else f"{1e3 * row['context'] / row['budget_ms']:,.0f} tokens/s"
+        lines.setdefault((row["preset"], name, limit or "memory"), {})[row["context"]] = row
+    head = ["model", "method", "within", "reach", *(f"{context:,}" for context in contexts)]
     return table(
-        ["model", "method", "context", "reach", "inputs of blocks", "GPUs", "GiB a GPU", "ms a step"], lines
+        head,
+        [
+            [*what, _reach(of_contexts), *(_savings_cell(of_contexts.get(context)) for context in contexts)]
+            for what, of_contexts in lines.items()
+        ],
     )
+
+
+def _reach(of_contexts: dict[int, dict]) -> str:
+    """Of one method at some contexts."""
+    if all(row["reach"] == context - 1 for context, row in of_contexts.items()):
+        return "all"
+    return " to ".join(f"{reach:,}" for reach in sorted({row["reach"] for row in of_contexts.values()}))
+
+
+def _savings_cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if row["gpus"] is None:
+        return "one chunk" if "nothing to stream" in row["note"] else "none"
+    about = {"measured": "", "composed": "≈", "predicted": "~"}
+    memory = f"{about[row['memory_source']]}{row['peak_mib'] / 1024:,.1f}"
+    return f"{row['gpus']} ({memory}, {about[row['time_source']]}{row['ms']:,.0f})"
 
 
 def _step_table(rows: list[dict]) -> str:
