@@ -4,8 +4,9 @@
 
 Ranks are forked from a server that has imported everything, so that a restart takes seconds. As torchrun
 does, the script sends SIGTERM to the other ranks when one has failed, kills those that do not end, and starts
-all of them again, from the last checkpoint. One rank gets SIGKILL, SIGSTOP, or SIGTERM, after which the run
-saves and ends by itself; at the start, in a step, or in a save while its files are written.
+all of them again, from the last checkpoint. One rank gets SIGKILL, so many times in all; or, in between,
+SIGSTOP, or SIGTERM, after which the run saves and ends by itself; at the start, in a step, or in a save while
+its files are written.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pi_dist.training.checkpoint import directory, find_newest
 
 SIGNALS = {"SIGKILL": 6, "SIGTERM": 2, "SIGSTOP": 2}  # and how often, in proportion
 PHASES = {"start": 1, "step": 2, "save": 2}
-STEPS_PER_KILL = 5  # of the whole run: more than an attempt gets ahead on average
+STEPS_PER_KILL = 9  # of the whole run: more than attempts get ahead on average between two SIGKILL
 TIMEOUT_S = 5.0  # parallel.timeout_s
 PATIENCE_S = 30.0  # with ranks that do not end
 ATTEMPT_S = 1800.0  # the longest that an attempt may take
@@ -211,7 +212,7 @@ def newest_step(run_dir: str) -> int:
 def soak(
     corpus: Path, folder: Path, kills: int, seed: int, world_size: int, say: Callable[[str], None]
 ) -> list[Kill]:
-    """Train one run undisturbed and one with so many kills; returns them.
+    """Train one run undisturbed and one with so many SIGKILL, and other signals in between; returns all.
 
     Raises:
         AssertionError: the two differ in a weight, a moment or a loss; or a kill left a damaged checkpoint,
@@ -255,10 +256,14 @@ def soak(
         f"{start_s:.1f} s to start"
     )
     done: list[Kill] = []
+
+    def left() -> int:
+        return kills - sum(kill.signal == "SIGKILL" for kill in done)
+
     number = 0
     while newest_step(disturbed.run_dir) < disturbed.training.steps:
         with attempt(disturbed, number) as run:
-            kill = _strike(run, generator, start_s) if len(done) < kills else None
+            kill = _strike(run, generator, start_s) if left() else None
             if kill is None:
                 run.join()
                 assert newest_step(disturbed.run_dir) == disturbed.training.steps, run.log.read_text()
@@ -273,7 +278,7 @@ def soak(
         )
         assert not refused, refused
         assert set(kill.forced) <= ({kill.rank} if kill.signal == "SIGSTOP" else set()), run.log.read_text()
-    assert len(done) == kills, f"the run ended after {len(done)} of {kills} kills"
+    assert not left(), f"the run ended with {left()} of {kills} kills left"
     assert _state(whole) == _state(disturbed), "weights or moments differ"
     assert _losses(whole) == _losses(disturbed) and len(_losses(whole)) == whole.training.steps, (
         "losses differ"
@@ -282,11 +287,11 @@ def soak(
 
 
 def table(kills: list[Kill]) -> str:
-    """Kills by signal and phase: how many, and the median and the longest time until all ranks had ended."""
+    """Signals by kind and phase: how many, and the median and the longest time until all ranks had ended."""
     groups: dict[tuple[str, str], list[Kill]] = defaultdict(list)
     for kill in kills:
         groups[kill.signal, kill.phase].append(kill)
-    lines = ["signal   phase  kills  seconds to the end: median, most"]
+    lines = ["signal   phase  times  seconds to the end: median, most"]
     for (name, phase), group in sorted(groups.items()):
         seconds = [kill.seconds for kill in group]
         lines.append(
@@ -297,7 +302,7 @@ def table(kills: list[Kill]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; other signals come in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=3)
     arguments = parser.parse_args()
@@ -313,9 +318,11 @@ def main() -> None:
             lambda text: print(text, flush=True),
         )
     print(table(kills))
+    others = len(kills) - arguments.kills
     print(
-        f"{len(kills)} kills of {arguments.ranks} ranks, seed {arguments.seed}, "
-        f"{time.monotonic() - began:.0f} s: weights, moments and losses are those of an undisturbed run"
+        f"{arguments.kills} kills of {arguments.ranks} ranks and {others} other signals, "
+        f"seed {arguments.seed}, {time.monotonic() - began:.0f} s: "
+        "weights, moments and losses are those of an undisturbed run"
     )
 
 

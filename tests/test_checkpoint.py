@@ -300,7 +300,10 @@ save_steps(pickle.loads({config!r}), range(1, 10**6), 2)
 
 
 def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
-    """SIGKILL at twelve random moments of an endless series of saves."""
+    """What SIGKILL leaves at twelve random moments of an endless series of saves: the files are copied then.
+
+    The process stands still meanwhile. The last time it is killed.
+    """
     alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
     code = SAVE_FOREVER.format(paths=sys.path, config=pickle.dumps(alone))
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -311,9 +314,7 @@ def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
         while not list(directory(config.run_dir).glob("step-*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        for number in range(
-            12
-        ):  # what a kill at this moment leaves: the process stands still while it is copied
+        for number in range(12):
             time.sleep(generator.random() * 0.1)
             process.send_signal(signal.SIGSTOP)
             snapshot = Path(config.run_dir).parent / f"killed-{number}"

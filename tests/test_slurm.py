@@ -249,10 +249,13 @@ def test_one_of_four_hosts_is_cut_off_and_the_run_goes_on_when_it_is_back(
     assert_same_training(tmp_path / "run", on_four_nodes.run_dir)
 
 
-def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(cluster, undisturbed, submit):
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(
+    cluster, undisturbed, on_four_nodes, submit, nodes
+):
     """While it starts, and in a step."""
-    job = submit("run")
-    for times, reached in enumerate(("2 nodes with 1 ranks each", "step 15/"), 1):
+    job = submit("run", f"--nodes={nodes}")
+    for times, reached in enumerate((f"{nodes} nodes with 1 ranks each", "step 15/"), 1):
         job.reaches(reached)
         cluster.on(
             "ctl", "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
@@ -263,7 +266,7 @@ def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(cluster,
     assert cluster.ended(job.number, 300) == "COMPLETED", job.log
     assert "stopped by SIGUSR1 after step" in job.log and "requeued, to go on from there" in job.log
     assert "resuming at step" in job.log and "requeued 2 times" in job.log
-    assert_same_training(job.run_dir, undisturbed.run_dir)
+    assert_same_training(job.run_dir, (undisturbed if nodes == 2 else on_four_nodes).run_dir)
 
 
 def test_a_lost_node_requeues_the_run(cluster, undisturbed, submit):
