@@ -103,8 +103,8 @@ def test_one_flow_of_a_ring_crosses_a_nodes_edge():
 @pytest.mark.parametrize(
     ("context", "training", "said"),
     [
-        (2**24, {}, "--training.activation_offload=true"),
-        (2**24, {"cuda_graphs": True}, "--training.cuda_graphs=null"),
+        (3 * 2**22, {}, "--training.activation_offload=true"),
+        (3 * 2**22, {"cuda_graphs": True}, "--training.cuda_graphs=null"),
         (2**23, {"activation_checkpointing": "selective"}, "--training.activation_checkpointing=true"),
     ],
 )
@@ -227,6 +227,14 @@ def measured_steps(gpu):
                 training = TrainingConfig(context=row["tokens"], **sizes)
                 parallel = ParallelConfig(sp_degree=row["sp_degree"])
                 yield row, Config(model=model, parallel=parallel, training=training)
+
+
+@pytest.mark.parametrize("name", ["savings_h100", "savings_time_h100"])
+def test_kept_savings_are_by_the_constants_that_ship(name):
+    """And can be gone on with, as their measured points are there."""
+    record = kept_records()[name]
+    assert record["settings"]["profile"] == json.loads(json.dumps(dataclasses.asdict(H100)))
+    assert len({point["job"] for point in record["points"]}) == len(record["points"]) > 10
 
 
 def measured_points():
@@ -598,7 +606,7 @@ def test_a_plan_that_does_not_fit_names_changes_that_do():
     plan = plan_of(1, context=2**19)
     assert not plan.fits and plan.reach == 512
     assert any("activation_checkpointing=true" in change.what for change in plan.changes)
-    assert all(change.mib <= plan.usable_mib for change in plan.changes)
+    assert all(change.mib <= plan.tensors_mib for change in plan.changes)
     fits = plan_of(1, context=8192, activation_checkpointing=True)
     assert fits.fits and not fits.changes
     with pytest.raises(ConfigError, match="batch_size"):
@@ -676,6 +684,17 @@ def test_what_is_measured_and_what_is_not_are_tables_of_their_own(gpu, tmp_path)
     text = markdown(swept(tmp_path / "s.json", dataclasses.replace(LAB, measures=True)))
     assert text.count("## small, 65,536 tokens") == 2 == text.count("| fewer than π |")
     assert "\nPredicted; ZeRO 1" in text and "\nMeasured where this GPU can; ZeRO 1" in text
+
+
+def test_what_ran_out_of_memory_unforeseen_is_named(gpu, tmp_path):
+    lab = dataclasses.replace(LAB, measures=True)
+    for share, said in (
+        (1.0, None),
+        (1.45, "predicted to fit: small 1,048,576 window on 1 (54.3 GiB predicted)."),
+    ):
+        gpu(share, 1.0)
+        text = markdown(swept(tmp_path / f"{share}.json", lab, contexts=(2**20,), methods=["window"]))
+        assert ("1 points ran out of memory" in text) == (said is not None) and (said or "") in text
 
 
 def test_joined_records_have_no_row_twice_and_the_later_stays(tmp_path):
@@ -806,6 +825,10 @@ def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn
         (["--methods", "pi,flash"], "methods: pi, flash in"),
         (["--preset", "huge"], "preset: 'huge' in"),
         (["--budget", "money"], "budget: 'money' in"),
+        (["--budget", "tokens_per_s=1e-320"], "budget: 'tokens_per_s=1e-320' in"),
+        (["--context", "9" * 20, "--methods", "pi"], f"context ({'9' * 20}) <= 2^31"),
+        (["--plot", "curves.xyz"], "plot: suffix of 'curves.xyz' in"),
+        (["--plot", "nowhere/curves.svg"], "plot: 'nowhere' is not a directory"),
         (["--context", "4k"], "context: numbers from 1 on with commas"),
         (["--context", "4096,0"], "context: numbers from 1 on with commas"),
         (["--context", "1"], "context (1) >= 2"),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import add_network, network_of, print_or_write, sizes
+from pi_dist.commands.shared import add_network, check_plot, network_of, print_or_write, sizes
 from pi_dist.config import ConfigError, UserError
 
 UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
@@ -98,6 +98,7 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
+    check_plot(arguments.plot)
     if arguments.what == "blocks":
         from pi_dist.measure.kernel_tuning import tune
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.bench import UNFINISHED_RECORD
-from pi_dist.commands.shared import add_network, network_of, sizes
+from pi_dist.commands.shared import add_network, check_plot, network_of, sizes
 from pi_dist.config import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.savings_report import draw, markdown
 
     a = arguments
+    check_plot(a.plot)
     path, complete = None if a.json == "-" else a.json, True
     if a["from"]:
         record = merged(a["from"])

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from pi_dist.config import Config, ConfigError
+from pi_dist.config import Config, ConfigError, UserError
 
 
 class ConfigFile(ActionConfigFile):
@@ -56,6 +57,22 @@ def sizes(name: str, text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
         raise ConfigError(f"{name}: numbers from 1 on with commas between them, not {text!r}")
     return [int(part) for part in text.split(",")]
+
+
+def check_plot(path: str | None) -> None:
+    """Refuse, before any work, a figure that could not be drawn in the end.
+
+    Raises:
+        ConfigError: its kind or directory is not there. UserError: the extra `plot` is not installed.
+    """
+    if path is None:
+        return
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"plot: suffix of {path!r} in .png, .svg, .pdf does not hold")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"plot: {str(Path(path).parent)!r} is not a directory")
+    if find_spec("matplotlib") is None:
+        raise UserError("plot: matplotlib is not installed; pip install 'pi-dist[plot]'")
 
 
 def print_or_write(result: dict, path: str | None, words: str) -> None:

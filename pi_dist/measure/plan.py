@@ -29,7 +29,7 @@ class Plan:
 
     gpus: int
     gpu: str
-    usable_mib: float
+    tensors_mib: float
     memory: Memory
     time: Time
     tokens: int
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.usable_mib
+        return self.memory.total <= self.tensors_mib
 
 
 def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> Plan:
@@ -57,17 +57,17 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
     reach = report(config.model, config.training.context)
     need = memory(config, gpus, profile)
     changes, more_gpus = (), None
-    if need.total > profile.usable_mib:
+    if need.total > profile.tensors_mib:
         changes = tuple(
             Change(what, mib, step_time(other, gpus, profile, network).total)
             for what, other in _alternatives(config, gpus)
-            if (mib := _mib(other, gpus, profile)) <= profile.usable_mib
+            if (mib := _mib(other, gpus, profile)) <= profile.tensors_mib
         )
         more_gpus = None if changes else _more_gpus(config, gpus, profile)
     return Plan(
         gpus=gpus,
-        gpu=profile.name,
-        usable_mib=profile.usable_mib,
+        gpu=profile.label,
+        tensors_mib=profile.tensors_mib,
         memory=need,
         time=step_time(config, gpus, profile, network),
         tokens=config.training.context * config.training.batch_size,
@@ -93,7 +93,7 @@ def _more_gpus(config: Config, gpus: int, profile: Profile) -> int | None:
     p, factor = config.parallel, 2
     while gpus * factor <= MOST_GPUS:
         other = replace(config, parallel=replace(p, sp_degree=p.sp_degree * factor))
-        if _mib(other, gpus * factor, profile) <= profile.usable_mib:
+        if _mib(other, gpus * factor, profile) <= profile.tensors_mib:
             return gpus * factor
         factor *= 2
     return None
@@ -151,7 +151,7 @@ def describe(plan: Plan) -> str:
     m, seconds = plan.memory, plan.time.total
     lines = [
         f"predicted for {plan.gpus} × {plan.gpu}; nothing was run",
-        f"memory of a GPU   {m.total:,.0f} MiB of {plan.usable_mib:,.0f}: parameters, optimizer and "
+        f"memory of a GPU   {m.total:,.0f} MiB of {plan.tensors_mib:,.0f}: parameters, optimizer and "
         f"gradients {m.states:,.0f}, kept {m.kept:,.0f}, working set {m.working:,.0f}",
         f"step              {1e3 * seconds:,.0f} ms for {plan.tokens:,} tokens, "
         f"{plan.tokens / seconds:,.0f} tokens/s; of it waiting for others "

@@ -11,11 +11,14 @@ import dataclasses
 import itertools
 from dataclasses import dataclass, field
 
-from pi_dist.config import ModelConfig
+from pi_dist.config import ConfigError, ModelConfig
 from pi_dist.ops.pattern import PiPattern, default_num_strides, layer_patterns, total_reach
 
 MAX_LAYERS = 1024
 """Depth at which `fewest_layers_covering` gives up."""
+
+LONGEST = 2**31
+"""Context of which distances are counted: 256 MB of bits."""
 
 _GRID_ROWS = 8
 _GRID_SPAN = 16
@@ -104,8 +107,11 @@ def report(model: ModelConfig, context: int) -> ReachReport:
     """Measure what the last of `context` tokens can be influenced by in this model.
 
     Raises:
-        ValueError: the context is empty, or the model's strides do not fit its layers (ConfigError).
+        ValueError: the context is empty, or (ConfigError) too long, or the model's strides do not fit its
+            layers.
     """
+    if context > LONGEST:
+        raise ConfigError(f"context: context ({context}) <= 2^31 does not hold")
     patterns = layer_patterns(model, context)
     reached = reachable(patterns, context)
     reach = total_reach(patterns)

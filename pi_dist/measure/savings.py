@@ -85,9 +85,10 @@ def parse_budget(text: str, context: int) -> Budget:
         value = -1.0
     if name == "memory" and not number:
         return Budget()
-    if value is None or not 0 < value < math.inf or name not in ("step_ms", "tokens_per_s"):
+    step_ms = value if name == "step_ms" or not value else 1e3 * context / value
+    if step_ms is None or not 0 < step_ms < math.inf or name not in ("step_ms", "tokens_per_s"):
         raise ConfigError(f"budget: {text!r} in memory, step_ms=NUMBER, tokens_per_s=NUMBER does not hold")
-    return Budget(value if name == "step_ms" else 1e3 * context / value)
+    return Budget(step_ms)
 
 
 def variants(methods: Sequence[Method]) -> Iterator[tuple[Method, bool]]:
@@ -439,6 +440,7 @@ def _profile(path: str, record: dict[str, Any]) -> dict[str, Any]:
     try:
         [row["gpus"] for row in record["rows"]]
         profile = record["settings"]["profile"]
+        [profile[key] for key in ("memory_mib", "overhead_mib", "sources")]
         return {"name": profile["name"], **profile}
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a record of `pi-dist savings`") from error

@@ -67,7 +67,7 @@ class Lab:
         need = memory(config, num_gpus, self.profile)
         mib = need.total
         seconds = step_time(config, num_gpus, self.profile, self.network).total
-        fits = mib <= self.profile.usable_mib
+        fits = mib <= self.profile.tensors_mib
         return Point(num_gpus, mib, seconds, fits, PREDICTED, PREDICTED, mib, seconds, need.host)
 
     def request(self, config: Config, num_gpus: int) -> tuple[Request | None, float]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from pi_dist.measure.profile import FRAGMENTS
 from pi_dist.measure.savings import budget_text, errors, ms_text
 from pi_dist.measure.savings_points import COMPOSED, MEASURED
 from pi_dist.measure.stand_ins import PROBE_TOKENS
@@ -81,8 +82,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# GPUs that a context needs",
         "",
-        f"On {profile['name']}, {usable:,.1f} of {whole:,.1f} GiB for tensors. Every method: the same model, "
-        "bf16, one sequence a step over all GPUs, blocks recomputed, logits in tiles, no data parallelism.",
+        f"On {profile['name']}, {usable:,.1f} of {whole:,.1f} GiB for tensors, of which predictions leave "
+        f"{FRAGMENTS:.0%} between them. Every method: the same model, bf16, one sequence a step over all "
+        "GPUs, blocks recomputed, logits in tiles, no data parallelism.",
         "",
         "A cell is the fewest GPUs, with memory and step time of each, and why the next smaller number that "
         "was tried is not enough. Letters say how a figure was found: "
@@ -98,7 +100,8 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", _terms(dict(zip(_TERMS, terms, strict=True)))]
         for group in _by(of_terms, "preset", "context", "budget_ms").values():
             lines += _section(group)
-    lines += ["", "## Predictions beside measurements", "", *_error_lines(rows), "", "## Constants", ""]
+    lines += ["", "## Predictions beside measurements", "", *_error_lines(rows), *_foreseen(rows, profile)]
+    lines += ["", "## Constants", ""]
     lines += [f"- {name}: {source}" for name, source in profile["sources"].items()]
     return "\n".join(lines) + "\n"
 
@@ -164,6 +167,29 @@ def _error_lines(rows: list[dict[str, Any]]) -> list[str]:
         )
     worst = max(abs(e["error"]) for e in found)
     return [table(names, lines), "", f"Largest error: {worst:.1%} of {len(found)} figures."]
+
+
+def _foreseen(rows: list[dict[str, Any]], profile: dict[str, Any]) -> list[str]:
+    """Which points ran out of memory, and of which of them that was not predicted."""
+    usable = profile["memory_mib"] - profile["overhead_mib"]
+    out = [
+        (row, point)
+        for row in rows
+        for point in row.get("checks", ())
+        if point["memory_source"] == MEASURED and point["peak_mib"] is None
+    ]
+    if not out:
+        return []
+    names = [
+        f"{row['preset']} {row['context']:,} {label(row)} on {point['num_gpus']} "
+        f"({point['predicted_mib'] / 1024:,.1f} GiB predicted)"
+        for row, point in out
+        if point["predicted_mib"] <= usable * (1 - FRAGMENTS)
+    ]
+    said = (
+        f"{len(out)} points ran out of memory; of them were predicted to fit: {', '.join(names) or 'none'}."
+    )
+    return ["", said]
 
 
 def draw(record: dict[str, Any], path: str | os.PathLike) -> None:

@@ -336,7 +336,7 @@ def _predicted_row(
         | what
         | {
             "peak_mib": round(need, 1),
-            "fits": need <= profile.usable_mib,
+            "fits": need <= profile.tensors_mib,
             "bytes_formula": _bytes_formula(config, 1),
             "communication_ms": round(1e3 * time_.communication, 3),
         }
