@@ -90,14 +90,14 @@ def fit_gpu(
 ) -> Profile:
     """The constants of the GPU's time, from steps that the host does not pace; `matmul_share`: if known."""
     base = replace(profile, matmul_share=matmul_share or 1.0, block_moves=1.0)
+    rate = base.matmul_share * base.matmul_flops_per_s  # none is above the measured one
     rows, target = [], []
     for config, ranks, seconds in jobs:
         done = work(config, ranks, base)
         exact = gpu_seconds(
             replace(done, matmul_flops=0, moved_bytes=0, fixed_seconds=0), base
         )  # in the ratio of forward and backward that the profile has
-        rate = base.matmul_share * base.matmul_flops_per_s
-        products = done.matmul_flops / rate  # no rate is above the measured one
+        products = done.matmul_flops / rate
         parts = (products, done.moved_bytes / base.copy_bytes_per_s, exact)
         rows.append([part / seconds for part in parts])
         target.append(1 - (products + done.fixed_seconds) / seconds)

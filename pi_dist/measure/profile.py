@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from pi_dist.config import UserError
 
@@ -142,6 +143,16 @@ def profile_names() -> list[str]:
     return sorted(path.stem.upper() for path in _FOLDER.glob("*.json"))
 
 
+def profile_from(values: dict[str, Any]) -> Profile:
+    """A profile from what `asdict` made of it, and JSON of that.
+
+    Raises:
+        TypeError, KeyError or AttributeError: the values are not those of a profile.
+    """
+    costs = tuple(AttentionCost(**cost) for cost in values["attention"])
+    return Profile(**values | {"attention": costs})
+
+
 def load_profile(name: str) -> Profile:
     """A profile that ships (H100, …), or one that `pi-dist calibrate` wrote to a file of this name.
 
@@ -154,9 +165,7 @@ def load_profile(name: str) -> Profile:
     if not path.is_file():
         raise UserError(f"gpu: {name!r} in {profile_names()}, or the file of a profile, does not hold")
     try:
-        values = json.loads(path.read_text("utf-8"))
-        costs = tuple(AttentionCost(**cost) for cost in values.pop("attention"))
-        return Profile(**values, attention=costs)
+        return profile_from(json.loads(path.read_text("utf-8")))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a profile of `pi-dist calibrate`: {error}") from error
 

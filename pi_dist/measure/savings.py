@@ -30,7 +30,7 @@ from pi_dist.config import (
     check,
     check_model,
 )
-from pi_dist.measure.profile import Network
+from pi_dist.measure.profile import Network, profile_from
 from pi_dist.measure.reach import report
 from pi_dist.measure.record import resume, write
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
@@ -440,10 +440,10 @@ def _profile(path: str, record: dict[str, Any]) -> dict[str, Any]:
     try:
         [row["gpus"] for row in record["rows"]]
         profile = record["settings"]["profile"]
-        [profile[key] for key in ("memory_mib", "overhead_mib", "sources")]
+        profile_from(profile)
         return {"name": profile["name"], **profile}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a record of `pi-dist savings`") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a record of `pi-dist savings`: {error}") from error
 
 
 def _check_profile(path: str, mine: dict[str, Any], where: str, other: dict[str, Any]) -> None:

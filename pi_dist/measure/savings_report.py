@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pi_dist.measure.profile import FRAGMENTS
+from pi_dist.measure.profile import FRAGMENTS, profile_from
 from pi_dist.measure.savings import budget_text, errors, ms_text
 from pi_dist.measure.savings_points import COMPOSED, MEASURED
 from pi_dist.measure.stand_ins import PROBE_TOKENS
@@ -77,12 +77,12 @@ def _budget(row: dict[str, Any]) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     """The report: terms, one table for each preset and context, savings, errors of predictions, sources."""
-    rows, profile = record["rows"], record["settings"]["profile"]
-    usable, whole = ((profile["memory_mib"] - part) / 1024 for part in (profile["overhead_mib"], 0))
+    rows, profile = record["rows"], profile_from(record["settings"]["profile"])
+    usable, whole = profile.usable_mib / 1024, profile.memory_mib / 1024
     lines = [
         "# GPUs that a context needs",
         "",
-        f"On {profile['name']}, {usable:,.1f} of {whole:,.1f} GiB for tensors, of which predictions leave "
+        f"On {profile.name}, {usable:,.1f} of {whole:,.1f} GiB for tensors, of which predictions leave "
         f"{FRAGMENTS:.0%} between them. Every method: the same model, bf16, one sequence a step over all "
         "GPUs, blocks recomputed, logits in tiles, no data parallelism.",
         "",
@@ -100,9 +100,9 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", _terms(dict(zip(_TERMS, terms, strict=True)))]
         for group in _by(of_terms, "preset", "context", "budget_ms").values():
             lines += _section(group)
-    lines += ["", "## Predictions beside measurements", "", *_error_lines(rows), *_foreseen(rows, profile)]
-    lines += ["", "## Constants", ""]
-    lines += [f"- {name}: {source}" for name, source in profile["sources"].items()]
+    lines += ["", "## Predictions beside measurements", ""]
+    lines += [*_error_lines(rows), *_foreseen(rows, profile.tensors_mib), "", "## Constants", ""]
+    lines += [f"- {name}: {source}" for name, source in profile.sources.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -169,9 +169,8 @@ def _error_lines(rows: list[dict[str, Any]]) -> list[str]:
     return [table(names, lines), "", f"Largest error: {worst:.1%} of {len(found)} figures."]
 
 
-def _foreseen(rows: list[dict[str, Any]], profile: dict[str, Any]) -> list[str]:
+def _foreseen(rows: list[dict[str, Any]], tensors_mib: float) -> list[str]:
     """Which points ran out of memory, and of which of them that was not predicted."""
-    usable = profile["memory_mib"] - profile["overhead_mib"]
     out = [
         (row, point)
         for row in rows
@@ -184,7 +183,7 @@ def _foreseen(rows: list[dict[str, Any]], profile: dict[str, Any]) -> list[str]:
         f"{row['preset']} {row['context']:,} {label(row)} on {point['num_gpus']} "
         f"({point['predicted_mib'] / 1024:,.1f} GiB predicted)"
         for row, point in out
-        if point["predicted_mib"] <= usable * (1 - FRAGMENTS)
+        if point["predicted_mib"] <= tensors_mib
     ]
     said = (
         f"{len(out)} points ran out of memory; of them were predicted to fit: {', '.join(names) or 'none'}."
