@@ -7,7 +7,7 @@ import torch
 
 from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig
 from pi_dist.measure import stand_ins
-from pi_dist.measure.fake_ranks import LiveBytes, Request, few_chunks, typical_rank
+from pi_dist.measure.fake_ranks import LiveBytes, Request, _arrives, few_chunks, typical_rank
 from pi_dist.measure.step_model import MIB, num_parameters, state_bytes
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker, measured_apart
 from pi_dist.ops.exact_attention import ExactBlock
@@ -145,6 +145,20 @@ def test_a_stand_in_runs_each_shape_once_and_scales_what_it_allocates(monkeypatc
             assert peak - live.now == pytest.approx(1000 * (100 + keys) / 80, abs=1)
             del out, lse
     assert ran == [(40, 40), (40, 40)]
+
+
+def test_others_send_what_this_rank_does():
+    """Again and again until the buffer is full, so that it computes with numbers like those of a job."""
+    received = torch.empty(2, 5)
+    _arrives(received, torch.arange(3.0))
+    assert received.flatten().tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    _arrives(received[0], torch.arange(9.0).view(3, 3))
+    assert received[0].tolist() == [0, 1, 2, 3, 4]
+    for nothing in (None, torch.empty(0, 4)):
+        _arrives(received, nothing)
+        assert not received.any()
+        received.fill_(1.0)
+    _arrives(torch.empty(0), torch.empty(3))
 
 
 def test_live_bytes_counts_storages_once_until_they_die():
