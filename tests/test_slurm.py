@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -354,7 +355,10 @@ def torchrun(cluster, tmp_path):
 
 
 def test_without_slurm_a_cut_off_node_is_left_out_and_taken_in_again(cluster, corpus, tmp_path, torchrun):
-    """torchrun's elastic launch on two hosts, with one rank each; the other's link is cut in a step."""
+    """torchrun's elastic launch on two hosts, with one rank each; the other's link is cut in a step.
+
+    All along, losses are those of one rank that nothing disturbs.
+    """
     config = {
         "run_dir": str(tmp_path / "run"),
         "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4},
@@ -378,9 +382,32 @@ def test_without_slurm_a_cut_off_node_is_left_out_and_taken_in_again(cluster, co
     torchrun("node2", tmp_path / "c.yaml")
     first.reaches("2 ranks on cpu", times=2)
     first.reaches("resuming at step", times=2)
+
+    def steps_of(text: str) -> dict[int, float]:
+        return {
+            int(step): float(loss) for step, loss in re.findall(r"step (\d+)/100000  loss ([\d.]+)", text)
+        }
+
+    until(
+        lambda: len(steps_of(first.log.read_text().split("resuming at step")[2])) > 10,
+        60,
+        first.log.read_text,
+    )
     os.killpg(first.process.pid, signal.SIGKILL)
     text = first.log.read_text()
     assert "rank 1: no sign of life" in text and "refused" not in text
+    found, alone = steps_of(text), tmp_path / "alone.log"
+    command = (sys.executable, "-m", "pi_dist", "train", f"--config={tmp_path / 'c.yaml'}")
+    with alone.open("w") as file:
+        process = subprocess.Popen([*command, f"--run_dir={tmp_path / 'alone'}"], stdout=file, stderr=file)
+        try:
+            until(lambda: max(found) in steps_of(alone.read_text()), 120, alone.read_text)
+        finally:
+            process.kill()
+            process.wait()
+    expected = steps_of(alone.read_text())
+    assert found.keys() == set(range(1, max(found) + 1))
+    assert found == pytest.approx({step: expected[step] for step in found}, abs=2e-4)
 
 
 def test_a_killed_rank_is_started_again_with_the_others(cluster, undisturbed, submit):
