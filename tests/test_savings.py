@@ -1,4 +1,4 @@
-"""The cost model, its fit, the search for the fewest GPUs, plans, reports and their commands."""
+"""The search for the fewest GPUs, what it measures, reports and their command."""
 
 import dataclasses
 import json
@@ -8,26 +8,14 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cost_model import H100, job, run
 
-from pi_dist.cli import main
-from pi_dist.config import PRESETS, Config, ConfigError, ParallelConfig, TrainingConfig, UserError
-from pi_dist.measure import calibrate, kernel_bench, savings_points
-from pi_dist.measure.plan import describe, make_plan
-from pi_dist.measure.profile import (
-    NETWORKS,
-    Network,
-    attention_costs,
-    constants,
-    load_profile,
-    profile_names,
-    write_profile,
-)
-from pi_dist.measure.record import kept_records
+from pi_dist.config import ConfigError
+from pi_dist.measure import savings_points
+from pi_dist.measure.profile import NETWORKS, write_profile
 from pi_dist.measure.savings import (
     Budget,
     Terms,
@@ -43,293 +31,11 @@ from pi_dist.measure.savings import (
 )
 from pi_dist.measure.savings_points import Bench, Lab, OutOfTime
 from pi_dist.measure.savings_report import draw, markdown
-from pi_dist.measure.step_model import (
-    communication_seconds,
-    compute_seconds,
-    gpu_seconds,
-    memory,
-    num_parameters,
-    state_bytes,
-    step_time,
-    work,
-)
-from pi_dist.measure.steps import model_of
+from pi_dist.measure.step_model import compute_seconds, memory, work
 from pi_dist.measure.workers import OUT_OF_MEMORY
-from pi_dist.model.transformer import PiTransformer
 
-H100 = load_profile("H100")
 LAB = Lab(H100, NETWORKS["infiniband"])
 BENCH = Bench(LAB)  # measures nothing
-
-
-def job(method="pi", context=131072, num_gpus=1, streamed=False, preset="small", **terms):
-    return config_of(preset, method, streamed, context, num_gpus, Terms(**terms))
-
-
-@pytest.mark.parametrize("gate", ["dynamic", "static", "none"])
-@pytest.mark.parametrize("method", ["pi", "window", "ring", ["pi", "dense"]])
-def test_parameters_are_those_of_the_model(gate, method):
-    model = dataclasses.replace(PRESETS["tiny"], gate=gate, method=method)
-    assert num_parameters(Config(model=model)) == PiTransformer(model, 64).num_parameters()
-
-
-def test_every_shipped_constant_has_a_source():
-    assert profile_names() == ["A100", "H100", "H200"]
-    for name in profile_names():
-        profile = load_profile(name)
-        assert {*constants(profile), "attention"} <= set(profile.sources)
-        assert min(constants(profile).values()) >= 0 and 0 < profile.matmul_share <= 1
-    assert "data sheet" in load_profile("A100").sources["copy_bytes_per_s"]
-
-
-def test_the_a100_is_the_h100_by_the_ratios_of_their_data_sheets():
-    h100, a100 = load_profile("H100"), load_profile("A100")
-    faster = {"copy_bytes_per_s": 2039 / 3352, "matmul_flops_per_s": 312 / 989}
-    faster |= dict.fromkeys(("exact_forward_flops_per_s", "exact_backward_flops_per_s"), 312 / 989)
-    for name, ratio in faster.items():
-        assert getattr(a100, name) == pytest.approx(getattr(h100, name) * ratio, rel=1e-6), name
-    for mine, theirs in zip(a100.attention, h100.attention, strict=True):
-        assert mine.forward_ns * 2039 / 3352 == pytest.approx(theirs.forward_ns, rel=1e-3)
-        assert mine.backward_ns * 2039 / 3352 == pytest.approx(theirs.backward_ns, rel=1e-3)
-
-
-def test_one_flow_of_a_ring_crosses_a_nodes_edge():
-    ethernet = NETWORKS["ethernet"]
-    assert ethernet.of(16)[0] == 8 * ethernet.of(16, all_at_once=True)[0]
-    assert ethernet.of(8) == ethernet.of(8, all_at_once=True) == NETWORKS["infiniband"].of(8)
-    assert NETWORKS["infiniband"].of(16) == NETWORKS["infiniband"].of(16, all_at_once=True)
-
-
-@pytest.mark.parametrize(
-    ("context", "training", "said"),
-    [
-        (3 * 2**22, {}, "--training.activation_offload=true"),
-        (3 * 2**22, {"cuda_graphs": True}, "--training.cuda_graphs=null"),
-        (2**23, {"activation_checkpointing": "selective"}, "--training.activation_checkpointing=true"),
-    ],
-)
-def test_a_plan_offers_every_setting_that_saves_memory(context, training, said):
-    config = job("ring", context=context, num_gpus=16, preset="medium")
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
-    changes = [change.what for change in make_plan(config, 16, H100, Network()).changes]
-    assert any(said in what for what in changes), changes
-
-
-def test_a_plan_says_with_how_many_gpus_or_that_none_helps():
-    ring = make_plan(job("ring", context=2**26, num_gpus=8, preset="large"), 8, H100, Network())
-    assert ring.more_gpus and "GPUs that share a sequence would" in describe(ring)
-    dense = make_plan(job("dense", context=2**24, preset="medium"), 1, H100, Network())
-    assert "nor on 4,096 GPUs" in describe(dense)
-
-
-def test_shipped_kernel_times_are_those_of_the_records():
-    for name in ("H100", "H200"):
-        record = kept_records()[f"kernels_{name.lower()}"]
-        assert load_profile(name).attention == attention_costs(record)
-
-
-def test_the_cheapest_kernel_that_has_the_pattern_is_taken():
-    cost = H100.attention_cost(60, 10)
-    assert (cost.window, cost.num_skips) == (64, 16)
-    assert H100.attention_cost(10**6, 0) in H100.attention
-
-
-def test_memory_falls_and_time_splits_with_the_number_of_gpus():
-    for method in ("pi", "window", "ring"):
-        needs = [memory(job(method, num_gpus=p), p, H100).total for p in (1, 2, 4, 8)]
-        assert needs == sorted(needs, reverse=True)
-    one, two = (compute_seconds(work(job("ring", num_gpus=p), p, H100), H100) for p in (1, 2))
-    assert one / 2 < two < one * 0.55  # its sums over steps are extra
-
-
-def test_streaming_keeps_memory_flat_and_costs_a_forward_pass_of_all_but_one_chunk():
-    short, long = (memory(job("pi", n, streamed=True), 1, H100).total for n in (2**18, 2**22))
-    assert long < short * 1.05 < memory(job("pi", 2**18), 1, H100).total
-    whole, chunks = (work(job("pi", 2**20, streamed=s), 1, H100) for s in (False, True))
-    assert chunks.moved_bytes == pytest.approx(whole.moved_bytes * (5 - 1 / 32) / 4)
-    seconds = [gpu_seconds(done, H100) for done in (whole, chunks)]
-    assert seconds[0] * 1.1 < seconds[1] < seconds[0] * 1.25
-
-
-def test_a_peak_is_in_the_loss_or_in_a_block_or_where_all_gradients_are():
-    """One copy more in a block, in MiB: none where the loss needs more than a block; else tokens · d."""
-
-    def slope(config, ranks=1):
-        more = dataclasses.replace(H100, block_copies=H100.block_copies + 1)
-        return memory(config, ranks, more).total - memory(config, ranks, H100).total
-
-    assert slope(job(context=8192)) == 0 and slope(job(context=131072)) == pytest.approx(131072 * 768 / 2**19)
-    short, long = (job("ring", n, num_gpus=64, preset="large") for n in (2**16, 2**22))
-    assert memory(short, 64, H100).kept < memory(long, 64, H100).kept / 64
-    n, rest = num_parameters(short), state_bytes(short, 64)[0]
-    assert memory(short, 64, H100).states * 2**20 == pytest.approx(rest + 2 * n)
-    assert memory(long, 64, H100).states * 2**20 == pytest.approx(rest + 2 * 50304 * 1280)
-
-
-def test_exact_methods_hold_what_travels():
-    def copies(method, ranks):
-        config = job(method, 2**20, num_gpus=ranks)
-        return memory(config, ranks, dataclasses.replace(H100, block_copies=0.0)).working
-
-    tokens = 2**20 // 4 * 768 / 2**19
-    assert copies("ring", 4) - copies("ulysses", 4) == pytest.approx(11 * tokens)
-    assert copies("ring", 4) > copies("dense", 1) / 4
-
-
-def test_a_ring_among_other_layers_also_moves_its_shards():
-    """Within a node two messages and a share of q, k, v and out, three times where blocks are recomputed."""
-    alone, mixed = (job(method, num_gpus=4) for method in ("ring", ["ulysses"] + ["ring"] * 11))
-    ulysses = job("ulysses", num_gpus=4)
-    waits = [communication_seconds(config, 4, H100, Network()) for config in (alone, mixed, ulysses)]
-    seconds, pieces = 6 * 40e-6 + 3 * 6 / 4 * 2**17 / 8 * 4 * 768 * 2 / 296e9, 12
-    assert waits[1] == pytest.approx((11 * waits[0] + waits[2]) / pieces + 11 * seconds, rel=1e-6)
-
-
-@pytest.mark.parametrize("method", ["pi", "window", "ring", "ulysses"])
-def test_slower_networks_wait_longer(method):
-    config = job(method, num_gpus=4)
-    waits = [
-        communication_seconds(config, 4, H100, dataclasses.replace(network, gpus_per_node=2))
-        for network in (NETWORKS["infiniband"], NETWORKS["ethernet"])
-    ]
-    assert 0 < waits[0] < waits[1]
-    assert communication_seconds(job(method), 1, H100, Network()) == 0
-
-
-@pytest.mark.parametrize("method", ["pi", "dense"])
-def test_offload_and_tiles_need_less_memory_and_so_reach_farther(method):
-    terms = [{}, {"activation_offload": True}, {"activation_offload": True, "mlp_tile_tokens": 4096}]
-    plain, offloaded, tiled = (memory(job(method, 2**20, **t), 1, H100) for t in terms)
-    saved = PRESETS["small"].num_layers - 3  # inputs of blocks, in bf16
-    assert plain.kept - offloaded.kept == pytest.approx(saved * 2**20 * 768 * 2 / 2**20)
-    assert tiled.working < offloaded.working if method == "pi" else tiled.working == offloaded.working
-    assert tiled.total < offloaded.total or method == "dense"
-    streamed = job("pi", 2**20, streamed=True, activation_offload=True)
-    assert not streamed.training.activation_offload
-    assert (plain.host, offloaded.host, tiled.host) == (0, 32 * 1024, 48 * 1024)  # slabs of ten, 1.5 GiB each
-
-
-STEPS = {"H200": ("step_h200", "sp_h200", "sp_four_h200"), "H100": ("step_h100", "step_large_h100")}
-
-
-def measured_steps(records):
-    """(row, its configuration) of kept steps, on one to four GPUs of a kind."""
-    for name in records:
-        for row in kept_records()[name]["rows"]:
-            plain = row.get("engine", "deepspeed") == "deepspeed" and not row.get("eager")
-            if row["measured"] and row["ms"] and plain and row["chunk_tokens"] is None:
-                what = {key: row[key] for key in ("method", "window", "stride", "num_skips")}
-                model = model_of(row["preset"], **what)
-                micro_batch_size = row["batch"] * row["sp_degree"] // row["world_size"]
-                sizes = {"batch_size": row["batch"], "precision": "bf16"}
-                sizes |= {"micro_batch_size": micro_batch_size}
-                sizes |= {key: row[key] for key in ("activation_checkpointing", "cuda_graphs")}
-                training = TrainingConfig(context=row["tokens"], **sizes)
-                parallel = ParallelConfig(sp_degree=row["sp_degree"])
-                yield row, Config(model=model, parallel=parallel, training=training)
-
-
-@pytest.mark.parametrize("name", ["savings_h100", "savings_time_h100"])
-def test_kept_savings_are_by_the_constants_that_ship(name):
-    """And can be gone on with, as their measured points are there."""
-    record = kept_records()[name]
-    assert record["settings"]["profile"] == json.loads(json.dumps(dataclasses.asdict(H100)))
-    assert len({point["job"] for point in record["points"]}) == len(record["points"]) > 10
-
-
-def measured_points():
-    """(row, its configuration, seconds without communication) of points of savings on an H100."""
-    for name in ("savings_h100", "savings_time_h100"):
-        for row in kept_records()[name]["rows"]:
-            for point in row.get("checks", ()):
-                if point["time_source"] in ("measured", "composed"):
-                    ranks = point["num_gpus"]
-                    config = job(row["method"], row["context"], ranks, row["streamed"], row["preset"])
-                    waits = communication_seconds(config, ranks, H100, Network()) if ranks > 1 else 0.0
-                    yield point | {"streamed": row["streamed"]}, config, point["ms"] / 1e3 - waits
-
-
-def paced_by_gpus(gpu):
-    """(configuration, ranks, seconds without communication) of the steps that constants of time are of."""
-    profile = load_profile(gpu)
-    for row, config in measured_steps(STEPS[gpu]):
-        if row["cuda_graphs"] is None:
-            ranks = row["world_size"]
-            waits = communication_seconds(config, ranks, profile, Network()) if ranks > 1 else 0.0
-            yield config, ranks, row["ms"] / 1e3 - waits
-    if gpu == "H100":
-        for point, config, seconds in measured_points():
-            if not point["streamed"]:
-                yield config, point["num_gpus"], seconds
-
-
-@pytest.mark.parametrize("gpu", STEPS)
-def test_constants_of_time_are_fitted_to_the_kept_steps(gpu):
-    profile = load_profile(gpu)
-    found = calibrate.fit_gpu(profile, list(paced_by_gpus(gpu)), profile.matmul_share)
-    for name in ("block_moves", "exact_forward_flops_per_s", "exact_backward_flops_per_s"):
-        assert getattr(profile, name) == pytest.approx(getattr(found, name), rel=5e-3), name
-    assert found.matmul_share == profile.matmul_share
-
-
-def test_constants_of_memory_are_fitted_to_the_kept_steps():
-    """Of the small model on one H200; they follow from the code, so all profiles have the same."""
-    jobs = [
-        (config, 1, row["peak_mib"])
-        for row, config in measured_steps(STEPS["H200"])
-        if (row["preset"], row["world_size"], row["activation_checkpointing"]) == ("small", 1, True)
-        and row["cuda_graphs"] is None
-    ]
-    found = calibrate.fit_memory(load_profile("H200"), jobs)
-    for name in ("H100", "H200", "A100"):
-        profile = load_profile(name)
-        assert profile.block_copies == pytest.approx(found.block_copies, rel=1e-3)
-        assert profile.fixed_mib == pytest.approx(found.fixed_mib, rel=1e-2)
-
-
-@pytest.mark.parametrize(("gpu", "least"), [("H200", 120), ("H100", 30)])
-def test_the_model_is_near_measured_steps(gpu, least):
-    """On one to four H200, every method, 8k to 4M tokens, and on an H100: small, medium and large."""
-    profile, found = load_profile(gpu), 0
-    for row, config in measured_steps(STEPS[gpu]):
-        ranks, found = row["world_size"], found + 1
-        assert memory(config, ranks, profile).total == pytest.approx(row["peak_mib"], rel=0.05), row
-        if row["cuda_graphs"] is None:  # else the host, which no profile knows, is waited for
-            predicted = step_time(config, ranks, profile, Network()).total
-            assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.1), row
-    assert found > least
-
-
-def test_the_model_was_near_what_was_measured_later():
-    """Nothing is fitted to it: steps of every method on one, two and four GPUs of a host, and whole jobs."""
-    profile = load_profile("H200")
-    for row, config in measured_steps(["sp_host_h200"]):
-        ranks = row["world_size"]
-        predicted = step_time(config, ranks, profile, Network()).total
-        short = config.model.method == "ring" and config.training.context // ranks == 8192
-        assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.13 if short else 0.05), row
-        assert memory(config, ranks, profile).total == pytest.approx(row["peak_mib"], rel=0.02)
-        assert row["bytes_sent"] == row["bytes_formula"]
-    for row in kept_records()["savings_ranks_h200"]["rows"]:
-        for point in row["checks"]:
-            late = row["streamed"] and point["num_gpus"] == 2  # the host
-            assert point["predicted_mib"] == pytest.approx(point["peak_mib"], rel=0.02)
-            if point["time_source"] == "measured":
-                assert point["predicted_ms"] == pytest.approx(point["ms"], rel=0.26 if late else 0.06)
-
-
-def test_the_model_is_near_the_kept_savings():
-    """Points on an H100, of one rank of 1 to 16; two chunks of one rank of two, once, are the exception."""
-    found = 0
-    for point, config, seconds in measured_points():
-        ranks = point["num_gpus"]
-        predicted = compute_seconds(work(config, ranks, H100), H100)
-        short = config.model.method == "ring" and config.training.context // ranks < 8192  # blocks of keys
-        limit = 0.25 if point["streamed"] and ranks > 1 else 0.16 if short else 0.105
-        assert predicted == pytest.approx(seconds, rel=limit), (point, config.model.method)
-        assert memory(config, ranks, H100).total == pytest.approx(point["peak_mib"], rel=0.03)
-        found += 1
-    assert found > 45
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(-3, 43))
@@ -565,78 +271,6 @@ def test_measuring_works_from_the_command_on(tmp_path, capsys):
     assert len(json.loads((tmp_path / "s.json").read_text())["points"]) == 1
 
 
-def synthetic(profile):
-    """A record of `calibrate` whose figures come from the model with this profile."""
-    settings = {
-        name: getattr(profile, name) for name in ("copy_bytes_per_s", "matmul_flops_per_s", "memory_mib")
-    }
-    rows = []
-    for point in calibrate.points(["small", "medium"]):
-        config, ranks = config_of(*point, calibrate.TERMS), point[-1]
-        row = dict(zip(("preset", "method", "streamed", "context", "world_size"), point, strict=True))
-        row |= {"ms": 1e3 * compute_seconds(work(config, ranks, profile), profile), "status": "ok"}
-        rows.append(row | {"peak_mib": memory(config, ranks, profile).total})
-    rows.append(rows[0] | {"status": OUT_OF_MEMORY, "ms": None, "peak_mib": None})
-    return {"settings": settings, "rows": rows}
-
-
-def test_a_fit_finds_the_constants_that_made_the_figures():
-    true = dataclasses.replace(
-        H100, matmul_share=0.7, block_moves=120.0, layer_us=4000.0, block_copies=40.0, fixed_mib=500.0,
-        exact_forward_flops_per_s=4e14, exact_backward_flops_per_s=4e14 * 289 / 293,
-    )  # fmt: skip
-    record = synthetic(true)
-    found = calibrate.fitted(H100, record, "test")
-    for name, value in constants(true).items():
-        assert getattr(found, name) == pytest.approx(value, rel=1e-3), name
-    assert found.sources["block_moves"] == "test" and found.sources["attention"] == H100.sources["attention"]
-    assert "+0.0%" in calibrate.describe_fit(found, record)
-    with pytest.raises(UserError, match="measured steps"):
-        calibrate.fitted(H100, record | {"rows": record["rows"][:3]}, "test")
-
-
-def test_least_squares_allows_no_negative_constant():
-    columns = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
-    assert calibrate.least_squares(columns, np.array([3.0, 5.0, 7.0])) == pytest.approx([1.0, 2.0])
-    assert calibrate.least_squares(columns, np.array([3.0, 2.0, 1.0])) == pytest.approx([2.0, 0.0])
-
-
-def test_a_profile_is_read_as_written(tmp_path):
-    path = tmp_path / "mine.json"
-    write_profile(H100, str(path))
-    assert load_profile(str(path)) == H100
-    path.write_text('{"name": "x"}')
-    with pytest.raises(UserError, match="not a profile"):
-        load_profile(str(path))
-    with pytest.raises(UserError, match="does not hold"):
-        load_profile("H9000")
-
-
-def plan_of(gpus, **training):
-    model = dataclasses.replace(PRESETS["large"], vocab_size=50304)
-    training = TrainingConfig(batch_size=1, precision="bf16", **training)
-    return make_plan(
-        Config(model=model, parallel=ParallelConfig(sp_degree=1), training=training), gpus, H100, Network()
-    )
-
-
-def test_a_plan_that_does_not_fit_names_changes_that_do():
-    plan = plan_of(1, context=2**19)
-    assert not plan.fits and plan.reach == 512
-    assert any("activation_checkpointing=true" in change.what for change in plan.changes)
-    assert all(change.mib <= plan.tensors_mib for change in plan.changes)
-    fits = plan_of(1, context=8192, activation_checkpointing=True)
-    assert fits.fits and not fits.changes
-    with pytest.raises(ConfigError, match="batch_size"):
-        plan_of(4, context=8192)
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    return left.value.code
-
-
 def test_the_command_writes_record_report_and_figure_and_goes_on(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     record, report, figure = (tmp_path / name for name in ("s.json", "s.md", "s.png"))
@@ -865,18 +499,6 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(flags, said, capsys, m
     assert said in error and error.count("\n") == 1
 
 
-def test_the_plan_command_warns_and_tells_by_its_status(tmp_path, capsys):
-    flags = ["plan", "--model.num_layers=12", "--training.precision=bf16", "--training.batch_size=1"]
-    assert run(*flags, "--gpus=1", "--training.context=32768") == 0
-    said = capsys.readouterr().out
-    assert "nothing was run" in said and "context (32,768) > reach (192)" in said and "assumed" in said
-    out = tmp_path / "plan.json"
-    assert run(*flags, "--gpus=1", "--training.context=1048576", "--json", str(out)) == 1
-    assert json.loads(out.read_text())["fits"] is False
-    assert run(*flags, "--gpus=3", "--parallel.sp_degree=2") == 2
-    assert "world size (3) % sp_degree (2) == 0 does not hold" in capsys.readouterr().err
-
-
 def test_a_task_of_the_array_takes_its_context(tmp_path):
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -896,45 +518,3 @@ def test_a_task_of_the_array_takes_its_context(tmp_path):
     for number, arguments, said in (("0", (), "usage"), ("13", ("out",), "task (13) < 13 does not hold")):
         refused = task(number, *arguments)
         assert refused.returncode == 2 and said in refused.stderr
-
-
-def test_calibrating_measures_once_and_writes_a_profile(tmp_path, monkeypatch, capsys):
-    """On a GPU that is made up: what its worker says comes from the H100's profile."""
-    asked = []
-
-    class Pretended:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def ask(self, request, timeout_s):
-            asked.append(request.world_size)
-            compute = compute_seconds(work(request.config, request.world_size, H100), H100)
-            mib = memory(request.config, request.world_size, H100).total
-            return {"status": "ok", "ms": 1e3 * compute, "peak_mib": mib}
-
-    monkeypatch.setattr(calibrate, "Worker", Pretended)
-    monkeypatch.setattr(calibrate, "device_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    total = SimpleNamespace(total_memory=80000 * 2**20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
-    rates = (H100.copy_bytes_per_s, H100.matmul_flops_per_s)
-    monkeypatch.setattr(kernel_bench, "ceilings", lambda: rates)
-    flags = ["--json", str(tmp_path / "mine.json"), "--record", str(tmp_path / "steps.json")]
-    assert run("calibrate", *flags, "--presets", "small,medium") == 0
-    mine = load_profile(str(tmp_path / "mine.json"))
-    assert mine.memory_mib == 80000 and mine.sources["block_moves"] == "fitted to steps.json"
-    assert mine.matmul_share == pytest.approx(H100.matmul_share, rel=0.01)
-    assert mine.block_copies == pytest.approx(H100.block_copies, rel=0.01)
-    assert asked == [1, 1, 1, 1, 1, 1, 4, 4] * 2
-    assert run("calibrate", *flags) == 0 and len(asked) == 16
-    assert "written to" in capsys.readouterr().out
-
-
-def test_calibrating_needs_a_gpu(tmp_path, capsys):
-    assert run("calibrate", "--json", str(tmp_path / "p.json"), "--record", str(tmp_path / "r.json")) == 2
-    assert "calibrate: GPUs of this machine (0) >= 1 does not hold" in capsys.readouterr().err
