@@ -29,6 +29,10 @@ if (($# < 2)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
 fi
 nproc="$1" config="$2"
 shift 2
+if [[ -n "${MASTER_PORT:-}" ]] && ! is_port "$MASTER_PORT"; then
+    echo "launch/deepspeed.sh: MASTER_PORT: 1 <= MASTER_PORT ($MASTER_PORT) <= 65535 does not hold" >&2
+    exit 2
+fi
 
 # DeepSpeed joins the arguments into one command for the remote shell. One that has a space it puts between double
 # quotes, with a backslash before each double quote; the others it leaves as they are. pdsh replaces %h, %n, %u and %%.

@@ -2,6 +2,7 @@
 # Sourced by launchers of several nodes.
 #
 # master_address NAME     prints the IPv4 address of NAME; else why other nodes cannot reach it, with status 1
+# is_port TEXT            whether it is a port
 set -euo pipefail
 
 master_address() {
@@ -16,4 +17,8 @@ master_address() {
         return 1
     fi
     printf '%s' "$address"
+}
+
+is_port() {
+    [[ "$1" =~ ^[1-9][0-9]{0,4}$ ]] && (($1 <= 65535))
 }

@@ -54,6 +54,7 @@ if [[ "$nnodes" != 1 ]]; then
             fail "NODE_RANK: 0 <= NODE_RANK ($NODE_RANK) < NNODES ($nnodes) does not hold"
         fi
     fi
+    is_port "$MASTER_PORT" || fail "MASTER_PORT: 1 <= MASTER_PORT ($MASTER_PORT) <= 65535 does not hold"
     address="$(master_address "$MASTER_ADDR")" || fail "$address"
     if [[ -z "$which" && "$NODE_RANK" == 0 ]] && (: <"/dev/tcp/$address/$MASTER_PORT") 2>/dev/null; then
         fail "MASTER_PORT: port $MASTER_PORT of $MASTER_ADDR is taken; choose another, the same on all nodes"

@@ -6,12 +6,15 @@
 # Default: one node with its 8 GPUs for an hour; options given here count over those. In the shell:
 #   .venv/bin/pi-dist doctor                                                          what this node has
 #   bash launch/torchrun.sh gpu launch/configs/small.yaml --parallel.sp_degree=8      train on this node
-#   srun --ntasks-per-node=1 nvidia-smi -L                                            a command on every node
+#   srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" nvidia-smi -L     on every node
+# (The shell is a step with one task, which is what srun would start, and wait for what the shell holds.)
 # Over several nodes, start one torchrun on each, as slurm/train.sbatch does. Whether their ranks see each other, and how
 # fast neighbours do:
-#   srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" \
-#       --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
-#       --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29400" -m pi_dist doctor
+#   srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpu-bind=none \
+#       .venv/bin/python -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=8 \
+#       --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-$RANDOM" \
+#       --rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))" \
+#       -m pi_dist doctor
 set -euo pipefail
 
 command -v salloc >/dev/null || { echo "slurm/interactive.sh: no salloc on PATH: run it on a login node" >&2; exit 2; }

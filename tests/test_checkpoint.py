@@ -117,6 +117,16 @@ def test_what_is_no_checkpoint_under_the_name_of_a_newer_one_is_refused(saved, t
     assert [text.split("/manifest.json: ")[0][-1] for text in refused] == ["5", "4", "3"]
 
 
+@pytest.mark.parametrize("files", [["state.json"], {"state.json": 3}, {"state.json": {"bytes": 3}}, 7, None])
+def test_a_manifest_of_another_shape_is_refused_in_words(tmp_path, files):
+    """Its own hash right, as no accident leaves it."""
+    checkpoint._write_json(
+        tmp_path / "manifest.json", {"files": files, "sha256": checkpoint._self_hash(files)}
+    )
+    with pytest.raises(CheckpointError, match="missing or not a manifest"):
+        verify(tmp_path)
+
+
 def test_a_damaged_checkpoint_that_is_passed_over_is_told_of(saved, capsys, monkeypatch):
     state = directory(saved) / "step-00000002" / "state.json"
     state.write_bytes(state.read_bytes()[:-1])

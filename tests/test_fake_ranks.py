@@ -4,10 +4,19 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pi_dist.config import PRESETS, Config, ParallelConfig, TrainingConfig
 from pi_dist.measure import stand_ins
-from pi_dist.measure.fake_ranks import LiveBytes, Request, _arrives, few_chunks, typical_rank
+from pi_dist.measure.fake_ranks import (
+    LiveBytes,
+    Request,
+    _arrives,
+    _others_send_the_same,
+    few_chunks,
+    typical_rank,
+)
 from pi_dist.measure.step_model import MIB, num_parameters, state_bytes
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker, measured_apart
 from pi_dist.ops.exact_attention import ExactBlock
@@ -159,6 +168,35 @@ def test_others_send_what_this_rank_does():
         assert not received.any()
         received.fill_(1.0)
     _arrives(torch.empty(0), torch.empty(3))
+
+
+def test_every_collective_brings_it():
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        with _others_send_the_same():
+            sent, row, all_rows, part = (
+                torch.tensor([1.0, 2.0]),
+                torch.zeros(2),
+                torch.zeros(4),
+                torch.zeros(1),
+            )
+            dist.batch_isend_irecv([dist.P2POp(dist.irecv, row, 0), dist.P2POp(dist.isend, sent, 0)])
+            assert row.tolist() == [1, 2]
+            dist.batch_isend_irecv([dist.P2POp(dist.irecv, row, 0)])
+            assert row.tolist() == [0, 0]
+            dist.all_to_all_single(row, sent, [2, 0], [2, 0])
+            assert row.tolist() == [1, 2]
+            dist.all_gather_into_tensor(all_rows, sent)
+            assert all_rows.tolist() == [1, 2, 1, 2]
+            dist.reduce_scatter_tensor(part, sent)
+            assert part.item() == 1
+            in_place = torch.tensor([5.0, 6.0, 7.0])
+            dist.all_gather_into_tensor(in_place, in_place[1:2])
+            assert in_place.tolist() == [6, 6, 6]
+            dist.reduce_scatter_tensor(in_place[1:2], in_place)
+            assert in_place.tolist() == [6, 6, 6]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_live_bytes_counts_storages_once_until_they_die():

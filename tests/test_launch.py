@@ -487,6 +487,7 @@ def test_a_head_node_that_cannot_be_used_is_an_error_in_seconds(launch, tmp_path
         pytest.param({"RDZV_ID": "x"}, "is taken, and not by torchrun", marks=pytest.mark.slow),
         ({"NODE_RANK": "2"}, "0 <= NODE_RANK (2) < NNODES (2) does not hold"),
         ({"NODE_RANK": "0", "NNODES": "1:2"}, "a range (1:2) needs RDZV_ID, not NODE_RANK"),
+        ({"NODE_RANK": "0", "MASTER_PORT": "99999"}, "1 <= MASTER_PORT (99999) <= 65535 does not hold"),
         ({"RDZV_ID": "x", "NNODES": "two"}, "two is no number of nodes, and no range MIN:MAX"),
     ],
 )
@@ -531,6 +532,23 @@ def test_a_name_that_other_hosts_cannot_reach_is_refused(monkeypatch, address):
     problem = process_group._unreachable()
     assert (problem is None) == (address == "10.0.0.1")
     assert problem is None or "resolves to 127.0.1.1 on rank 0's host" in problem
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"WORLD_SIZE": "abc"}, r"WORLD_SIZE \('abc'\) is a number from 0 on"),
+        ({"RANK": ""}, r"RANK \(''\) is a number"),
+        ({"MASTER_PORT": "x"}, r"MASTER_PORT \('x'\) is a number"),
+        ({"MASTER_ADDR": ""}, "RANK is set and MASTER_ADDR is not"),
+    ],
+)
+def test_launchers_that_set_half_of_it_are_refused(monkeypatch, wrong, said):
+    right = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, text in (right | wrong).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=f"launch: {said}"):
+        process_group.find_launcher()
 
 
 def test_ranks_that_an_unknown_mpi_starts_are_refused(monkeypatch):

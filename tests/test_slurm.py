@@ -515,6 +515,22 @@ def test_a_taken_port_is_an_error_in_seconds(cluster, submit):
     assert f"port {port} of the head node" in Submitted(number, job.run_dir).log
 
 
+def test_what_the_interactive_shell_is_said_to_run_runs_on_every_node(cluster):
+    """The commands at the top of the script, on nodes with one rank each."""
+    top = (ROOT / "slurm" / "interactive.sh").read_text().split("set -euo")[0].replace("\n#   ", "\n")
+    one, doctor = re.findall(r"^(srun (?:.*\\\n)*.*)$", top, re.MULTILINE)
+    one = one.replace("nvidia-smi -L     on every node", "hostname")
+    doctor = doctor.replace(".venv/bin/python", sys.executable).replace(
+        "--nproc-per-node=8", "--nproc-per-node=1"
+    )
+    command = ("script", "-qec", f"bash {ROOT}/slurm/interactive.sh --nodes=2", "/dev/null")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    said = cluster.on(
+        "ctl", *command, input=f"{one} </dev/null | sort\n{doctor} </dev/null\nexit\n", env=environment
+    )
+    assert "node1\nnode2\n" in said and "2 on 2 hosts see each other over gloo" in said, said
+
+
 def test_an_interactive_allocation_is_a_shell_on_a_node(cluster):
     shell = ("script", "-qec", f"bash {ROOT}/slurm/interactive.sh --nodelist=node2", "/dev/null")
     said = cluster.on("ctl", *shell, input="echo on $SLURMD_NODENAME of $SLURM_JOB_NAME; exit\n")

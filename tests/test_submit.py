@@ -93,7 +93,8 @@ def settings_of(script: str, *names: str) -> list[str]:
 
 def test_a_dry_run_prints_a_valid_script_and_writes_nothing(submit, capsys, tmp_path):
     assert submit("--dry-run", "--partition=gpu", overrides=("--training.steps=9",)) == 0
-    script = capsys.readouterr().out
+    script, said = capsys.readouterr()
+    assert said.startswith("nothing was written: ") and said.count("\n") == 1
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     options = options_of(script)
     assert options["nodes"] == "2" and options["gpus-per-node"] == "4" and options["partition"] == "gpu"
@@ -123,6 +124,31 @@ def test_what_is_submitted_is_kept_and_said(submit, sbatch, capsys, tmp_path):
     assert yaml.safe_load(config.read_text())["training"]["steps"] == 9
     out = capsys.readouterr().out
     assert "submitted job 77" in out and f"tail -F {run_dir}/job-77.log" in out and "scancel 77" in out
+
+
+def test_what_sbatch_answers_is_read_with_care(submit, sbatch, capsys, tmp_path):
+    """A site's greeting and warnings; and an answer without a number, of which the files stay."""
+    script = tmp_path / "bin" / "sbatch"
+    script.write_text("#!/bin/sh\necho warning: few hours left >&2\necho welcome\necho '78;local'\n")
+    assert submit() == 0
+    out, err = capsys.readouterr()
+    assert "submitted job 78:" in out and err == "warning: few hours left\n"
+    for path in (tmp_path / "runs" / "small").iterdir():
+        path.unlink()
+    script.write_text("#!/bin/sh\necho welcome\n")
+    assert submit() == 2
+    assert "sbatch: 'welcome\\n' ends with the job's number, does not hold" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs" / "small").iterdir())) == 2
+
+
+def test_variables_of_sbatch_do_not_overrule_what_was_asked_for(
+    submit, sbatch, capsys, tmp_path, monkeypatch
+):
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nenv | grep ^SBATCH_ | sort >environment\necho 7\n")
+    for name in ("TIMELIMIT", "NO_REQUEUE", "ARRAY_INX", "PARTITION", "ACCOUNT", "RESERVATION"):
+        monkeypatch.setenv(f"SBATCH_{name}", "3")
+    assert submit("--partition=gpu") == 0
+    assert (tmp_path / "environment").read_text() == "SBATCH_ACCOUNT=3\nSBATCH_RESERVATION=3\n"
 
 
 def test_nothing_in_names_is_run(submit, sbatch, capsys, tmp_path):
@@ -185,6 +211,10 @@ def test_sbatch_that_refuses_or_is_not_there_is_one_line(submit, sbatch, capsys,
     )
     assert submit() == 2
     assert capsys.readouterr().err == "pi-dist submit: error: sbatch: error: invalid partition\n"
+    (tmp_path / "bin" / "sbatch").write_text("no program")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert submit() == 2
+    assert capsys.readouterr().err == "pi-dist submit: error: sbatch: Exec format error\n"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit() == 2
     assert "no sbatch on PATH" in capsys.readouterr().err

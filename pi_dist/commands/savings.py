@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.bench import UNFINISHED_RECORD
-from pi_dist.commands.shared import add_network, check_plot, network_of, sizes
+from pi_dist.commands.shared import add_network, check_plot, check_written, network_of, sizes
 from pi_dist.config import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ def run(arguments: Namespace) -> int:
 
     a = arguments
     check_plot(a.plot)
+    check_written("json", a.json)
+    check_written("report", a.report)
+    if a.minutes is not None and not a.minutes > 0:
+        raise ConfigError(f"minutes: minutes ({a.minutes}) > 0 does not hold")
     path, complete = None if a.json == "-" else a.json, True
     if a["from"]:
         record = merged(a["from"])
@@ -130,6 +134,10 @@ def _lab(a: Namespace) -> Lab:
     from pi_dist.measure.savings_points import Lab
 
     here, name = device_name(), a.gpu
+    if name == "this" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"gpu: GPUs of this machine (0) >= 1 does not hold; or name one of {', '.join(profile_names())}"
+        )
     if name == "this":
         name = next((n for n in profile_names() if here.startswith(load_profile(n).device)), None)
         if name is None:

@@ -69,10 +69,23 @@ def check_plot(path: str | None) -> None:
         return
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"plot: suffix of {path!r} in .png, .svg, .pdf does not hold")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"plot: {str(Path(path).parent)!r} is not a directory")
+    check_written("plot", path)
     if find_spec("matplotlib") is None:
         raise UserError("plot: matplotlib is not installed; pip install 'pi-dist[plot]'")
+
+
+def check_written(name: str, path: str | None) -> None:
+    """Refuse, before any work, a file (path "-": standard output) that could not be written in the end.
+
+    Raises:
+        ConfigError: its directory is not there, or it is one.
+    """
+    if path in (None, "-"):
+        return
+    if Path(path).is_dir():
+        raise ConfigError(f"{name}: {path!r} is a directory")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"{name}: {str(Path(path).parent)!r} is not a directory")
 
 
 def print_or_write(result: dict, path: str | None, words: str) -> None:

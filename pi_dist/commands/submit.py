@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -68,6 +69,9 @@ def run(arguments: Namespace) -> int:
     check_run(config, job.ranks)
     if dry_run:
         print(batch_script(job), end="")
+        print(
+            f"nothing was written: submitted, the script reads {job.config} and logs there", file=sys.stderr
+        )
         return 0
     number = submit(job, config)
     print(

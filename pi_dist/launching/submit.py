@@ -6,6 +6,7 @@ which has rules of its own, in `#SBATCH` lines.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -105,12 +106,12 @@ def check_job(job: Job) -> None:
     _require(job.grace < limit, "time", f"grace ({job.grace}) < seconds of the time limit ({limit})")
     _require(job.grace <= 65535, "grace", f"grace ({job.grace}) <= 65535")
     _require(bool(job.name), "job_name", "length of the job's name (0) >= 1")
-    for key in ("name", "run_dir", "work_dir", "partition", "account", "qos", "constraint"):
+    for key in ("run_dir", "work_dir", "name", "partition", "account", "qos", "constraint"):
         text = str(getattr(job, key))
-        _require(text.isprintable(), key, f"{text!r} has printable characters only:")
+        _require(text.isprintable(), key, f"{text!r} has printable characters only")
         _require(text != "", key, f"length of {key} (0) >= 1")
     _require(
-        "\\" not in str(job.run_dir), "run_dir", f"no backslash in {job.run_dir}, the path of a log of SLURM:"
+        "\\" not in str(job.run_dir), "run_dir", f"no backslash in {job.run_dir}, the path of a log of SLURM,"
     )
 
 
@@ -174,8 +175,11 @@ def batch_script(job: Job) -> str:
 def submit(job: Job, config: Config) -> str:
     """Write the job's files into its run directory and hand the script to sbatch; returns the job's id.
 
+    What sbatch says besides is passed on to standard error.
+
     Raises:
         SubmissionError: there is no sbatch, or it refuses the job; the files are removed again.
+        UserError: sbatch gives no id; the files stay, for the job may be queued.
         FileExistsError: a job with the same stamp was written there.
     """
     import yaml
@@ -185,20 +189,35 @@ def submit(job: Job, config: Config) -> str:
         yaml.safe_dump(config.to_dict(), file, sort_keys=False)
     job.script.write_text(batch_script(job), encoding="utf-8")
     try:
-        return _sbatch(job.script)
+        said = _sbatch(job)
     except SubmissionError:
         job.script.unlink()
         job.config.unlink()
         raise
+    last = said.strip().rpartition("\n")[2]  # a site may have sbatch say more
+    if re.fullmatch(r"\d+(;.*)?", last, re.ASCII) is None:
+        raise UserError(f"sbatch: {said!r} ends with the job's number, does not hold; see squeue --me")
+    return last.partition(";")[0]
 
 
-def _sbatch(script: Path) -> str:
-    """The id that sbatch gives to the job of a script, or SubmissionError in its own words."""
-    command = ["sbatch", "--parsable", str(script)]
+def _sbatch(job: Job) -> str:
+    """What sbatch answers to the job's script, or SubmissionError in its own words."""
+    command = ["sbatch", "--parsable", str(job.script)]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, env=_environment(job), **options)
     except FileNotFoundError as failure:
         raise SubmissionError("no sbatch on PATH: submit from a login node of the cluster") from failure
+    except OSError as failure:
+        raise SubmissionError(f"sbatch: {failure.strerror}") from failure
     if done.returncode != 0:
         raise SubmissionError(done.stderr.strip() or f"sbatch ended with exit status {done.returncode}")
-    return done.stdout.strip().split(";")[0]
+    sys.stderr.write(done.stderr)
+    return done.stdout
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Without the variables that sbatch heeds more than `#SBATCH` lines, but for what the job leaves open."""
+    left = {key for key in ("partition", "account", "qos", "constraint") if getattr(job, key) is None}
+    kept = {f"SBATCH_{key.upper()}" for key in (*left, "reservation", "clusters")}
+    return {name: text for name, text in os.environ.items() if name in kept or name[:7] != "SBATCH_"}

@@ -71,8 +71,10 @@ def _tool(name: str, candidates: tuple[str, ...], remedy: str) -> Finding:
     for candidate in candidates:
         path = _find_tool(candidate)
         if path is not None:
-            version = (_output(path, "--version") or "does not say its version").splitlines()[0]
-            return Finding(name, "ok", f"{version} ({path})")
+            version = _output(path, "--version")
+            if not version:
+                return Finding(name, "note", f"{path} --version fails, or says nothing", remedy)
+            return Finding(name, "ok", f"{version.splitlines()[0]} ({path})")
     return Finding(name, "missing", f"no {' or '.join(candidates)} on PATH", remedy)
 
 

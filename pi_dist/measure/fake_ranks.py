@@ -1,9 +1,9 @@
 """One rank of a job of any size, measured alone: real engine, real memory, no other ranks.
 
-PyTorch's fake process group answers every collective at once. Every other rank sends what this one does, so
-losses mean nothing, but this rank allocates and computes what it would in the job, on numbers like those: its
-peak of memory is measured, and its step time without communication. (Of zeros a GPU makes matrix products
-faster, for they take less power.) Where no time is asked for, exact attention only takes its memory
+PyTorch's fake process group answers every collective at once. Every other rank sends what this one does, zero
+where that is nothing. So losses mean nothing, but this rank allocates and computes what it would in the job,
+on numbers like those (products of zeros take less power and time): its peak of memory is measured, and its
+step time without communication. Where no time is asked for, exact attention only takes its memory
 (`stand_ins`). Measurements run in a process of their own, see `workers`.
 """
 
@@ -104,7 +104,7 @@ def _arrives(received: torch.Tensor, sent: torch.Tensor | None) -> None:
     if sent is None or sent.numel() * flat.numel() == 0:
         flat.zero_()
         return
-    given = sent.view(-1)[: flat.numel()]
+    given = sent.reshape(-1)[: flat.numel()]  # what is sent lies in one piece: no copy
     times, rest = divmod(flat.numel(), given.numel())
     whole = flat.numel() - rest
     flat[:whole].view(times, -1).copy_(given)
@@ -113,17 +113,31 @@ def _arrives(received: torch.Tensor, sent: torch.Tensor | None) -> None:
 
 @contextlib.contextmanager
 def _others_send_the_same() -> Iterator[None]:
-    """Receive buffers of collectives get what this rank sends, unless they are part of it."""
+    """Receive buffers of collectives get what this rank sends, but for what is sent from within them.
 
-    def filling(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            given = (x for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
-            received, sent = next(given), next(given)  # as all of these functions name them
-            if received.untyped_storage()._cdata != sent.untyped_storage()._cdata:
-                _arrives(received, sent)
-            return function(*args, **options)
+    The fake group itself is only asked for something to wait for: what it writes differs between versions.
+    """
 
-        return call
+    def arrived(received: torch.Tensor, sent: torch.Tensor, group: Any, async_op: bool) -> dist.Work | None:
+        parts = [received]
+        if received.untyped_storage()._cdata == sent.untyped_storage()._cdata:
+            begin = max(0, sent.storage_offset() - received.storage_offset())
+            flat = received.view(-1)
+            parts = [flat[:begin], flat[begin + sent.numel() :]]
+        for part in parts:
+            _arrives(part, sent)
+        return dist.barrier(group=group, async_op=async_op)
+
+    def all_gather_into_tensor(output_tensor, input_tensor, group=None, async_op=False):
+        return arrived(output_tensor, input_tensor, group, async_op)
+
+    def reduce_scatter_tensor(output, input, op=None, group=None, async_op=False):
+        return arrived(output, input, group, async_op)
+
+    def all_to_all_single(
+        output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
+    ):
+        return arrived(output, input, group, async_op)
 
     def batch_isend_irecv(operations: list[dist.P2POp]) -> list[dist.Work]:
         sent = [operation.tensor for operation in operations if operation.op is dist.isend]
@@ -132,18 +146,10 @@ def _others_send_the_same() -> Iterator[None]:
             _arrives(tensor, other)
         return original(operations)
 
-    def all_to_all_single(
-        output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
-    ):
-        _arrives(output, input)
-        return dist.barrier(group=group, async_op=async_op)  # the fake group refuses to only receive
-
     original = dist.batch_isend_irecv
     with contextlib.ExitStack() as stack:
-        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-            stack.enter_context(patch.object(dist, name, filling(getattr(dist, name))))
-        stack.enter_context(patch.object(dist, "all_to_all_single", all_to_all_single))
-        stack.enter_context(patch.object(dist, "batch_isend_irecv", batch_isend_irecv))
+        for function in (all_gather_into_tensor, reduce_scatter_tensor, all_to_all_single, batch_isend_irecv):
+            stack.enter_context(patch.object(dist, function.__name__, function))
         yield
 
 

@@ -65,7 +65,7 @@ def examine(timeout_s: float = 30.0) -> list[Finding]:
         ConfigError: no GPU for this rank, or a launcher that does not tell ranks who they are.
     """
     find_launcher()
-    device = choose_device("auto", int(os.environ["LOCAL_RANK"]))
+    device = choose_device("auto", int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=timeout_s)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

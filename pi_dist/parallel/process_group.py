@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from datetime import timedelta
 from typing import Any
@@ -19,16 +20,15 @@ def world_size_from_launcher() -> int:
     Raises:
         ConfigError: a launcher started several processes and did not tell them who they are.
     """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return int(os.environ["OMPI_COMM_WORLD_SIZE"])
-    if int(os.environ.get("PMI_SIZE", "1")) > 1 and "SLURM_STEP_ID" not in os.environ:
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return _number(name)
+    if _number("PMI_SIZE", "1") > 1 and "SLURM_STEP_ID" not in os.environ:
         raise ConfigError(
             f"launch: PMI_SIZE ({os.environ['PMI_SIZE']}) == 1 does not hold; Open MPI's mpirun is needed, "
             "others do not tell ranks who they are"
         )
-    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+    tasks = _number("SLURM_NTASKS", "1") if "SLURM_STEP_ID" in os.environ else 1
     if tasks > 1:
         raise ConfigError(
             f"launch: SLURM_NTASKS ({tasks}) == 1 does not hold; "
@@ -39,7 +39,15 @@ def world_size_from_launcher() -> int:
 
 def rank_from_launcher() -> int:
     """This process's rank by its launcher (0 without one), also before there is a process group."""
-    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+    return _number("RANK" if "RANK" in os.environ else "OMPI_COMM_WORLD_RANK", "0")
+
+
+def _number(name: str, default: str = "") -> int:
+    """A variable that a launcher sets; ConfigError if it is no number from 0 on."""
+    text = os.environ.get(name, default)
+    if re.fullmatch(r"\d{1,9}", text, re.ASCII) is None:
+        raise ConfigError(f"launch: {name} ({text!r}) is a number from 0 on, does not hold")
+    return int(text)
 
 
 def check_world_size(ranks: int) -> None:
@@ -97,6 +105,11 @@ def find_launcher() -> None:
         ConfigError: a launcher started several processes and did not tell them who they are.
     """
     if "RANK" in os.environ:
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            _number(name)
+        _number("LOCAL_RANK", "0")
+        if not os.environ.get("MASTER_ADDR"):
+            raise ConfigError("launch: RANK is set and MASTER_ADDR is not; start ranks with a launcher")
         return
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
         _rendezvous_by_mpi()

@@ -207,28 +207,29 @@ def verify(path: str | Path) -> Checkpoint:
         files = content["files"]
         if content["sha256"] != _self_hash(files):
             raise CheckpointError(f"{manifest}: its SHA-256 is not the one it states")
+        stated = {name: (entry["bytes"], entry["sha256"]) for name, entry in dict(files).items()}
     except (OSError, ValueError, KeyError, TypeError) as failure:
         if isinstance(failure, CheckpointError):
             raise
         raise CheckpointError(f"{manifest}: missing or not a manifest ({failure})") from failure
-    for name, entry in files.items():
+    for name, (expected, expected_digest) in stated.items():
         try:
             size = (path / name).stat().st_size
-            if size != entry["bytes"]:
+            if size != expected:
                 raise CheckpointError(
-                    f"{path / name}: bytes ({size}) == {entry['bytes']} does not hold; it is cut or grown"
+                    f"{path / name}: bytes ({size}) == {expected} does not hold; it is cut or grown"
                 )
             digest = sha256_of(path / name)
         except OSError as failure:
             raise CheckpointError(f"{path / name}: {failure.strerror}") from failure
-        if digest != entry["sha256"]:
+        if digest != expected_digest:
             raise CheckpointError(
                 f"{path / name}: its SHA-256 is not the manifest's; it has changed since it was written"
             )
     state = json.loads((path / "state.json").read_bytes())
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path}: format ({state['format']}) == {FORMAT} does not hold")
-    return Checkpoint(path, state, tuple(files))
+    return Checkpoint(path, state, tuple(stated))
 
 
 def find_newest(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
