@@ -109,12 +109,13 @@ def test_from_text_to_a_sample(tmp_path):
     assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
 
 
-def start_launcher(corpus, run_dir):
+def start_launcher(corpus, run_dir, *overrides):
     """launch/torchrun.sh with two ranks, for more steps than a test waits for."""
     where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={run_dir}"]
     command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, "--training.steps=100000"], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    command += ["--training.steps=100000", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
 
 
 def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
@@ -135,11 +136,43 @@ def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
     assert find_newest(tmp_path / "run")[0].step >= 2
 
 
+def test_signals_to_the_launcher_while_it_saves_leave_a_whole_checkpoint_and_no_rank(corpus, tmp_path):
+    """Twice, each while files of a checkpoint are written."""
+    launcher, until = (
+        start_launcher(corpus, tmp_path / "run", "--training.save_every=1"),
+        time.monotonic() + 90,
+    )
+    try:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            while not list((tmp_path / "run").glob("checkpoints/.step-*.building")):
+                assert launcher.poll() is None and time.monotonic() < until
+                time.sleep(0.001)
+            launcher.send_signal(number)
+        text, _ = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0 and "stopped by SIGUSR1 after step" in text and "Traceback" not in text, (
+        text
+    )
+    found, refused = find_newest(tmp_path / "run")
+    assert found.step >= 1 and not refused
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _names(path, str(tmp_path / "run"))]
+    assert not left
+
+
+def _names(path, text):
+    with contextlib.suppress(OSError):
+        return text in path.read_text()
+    return False
+
+
 def test_a_signal_to_the_launcher_while_ranks_start_is_not_lost(corpus, tmp_path):
     launcher = start_launcher(corpus, tmp_path / "run")
     try:
         children, until = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children"), time.monotonic() + 60
-        while not any(_is_torchrun(number) for number in children.read_text().split()):
+        while not any(
+            _names(Path(f"/proc/{n}/cmdline"), "torch.distributed.run") for n in children.read_text().split()
+        ):
             assert launcher.poll() is None and time.monotonic() < until
             time.sleep(0.02)
         launcher.send_signal(signal.SIGUSR1)  # torchrun imports, ranks come later
@@ -147,12 +180,6 @@ def test_a_signal_to_the_launcher_while_ranks_start_is_not_lost(corpus, tmp_path
     finally:
         launcher.kill()
     assert launcher.returncode == 0 and "stopped by SIGUSR1 after step" in text, text
-
-
-def _is_torchrun(number):
-    with contextlib.suppress(OSError):
-        return "torch.distributed.run" in Path(f"/proc/{number}/cmdline").read_text()
-    return False
 
 
 @pytest.mark.parametrize(
