@@ -322,6 +322,12 @@ def test_a_record_is_of_one_gpu_in_all_its_constants(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "(H100) == here (H100) does not hold: other layer_us" in error and error.count("\n") == 1
     assert record.read_text() == before and run(*flags, str(record)) == 0
+    for source in ('"of old"', "null"):  # the code that measured, which also takes no record from before it
+        record.write_text(re.sub(r'"source": "\w+"', f'"source": {source}', before))
+        assert run(*flags, str(record)) == 2
+        error = capsys.readouterr().err
+        assert "source of the record (" in error and error.count("\n") == 1
+    record.write_text(before)
     other = tmp_path / "a.json"
     assert run(*flags, str(other), "--gpu", "A100") == 0
     capsys.readouterr()

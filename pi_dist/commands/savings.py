@@ -19,7 +19,8 @@ def parser() -> ArgumentParser:
         description="The fewest GPUs that train a context, for every method: within memory, or within a "
         "time of a step too. What this machine's GPU can measure is measured, if it is the one asked for; "
         "the rest is predicted, and each figure says which. A record is resumed, without measuring a point "
-        "again; it is of one GPU. Exit status 3: rows are left. --from joins several.",
+        "again; it is of one GPU and one state of the code. Exit status 3: rows are left. --from "
+        "joins several.",
         exit_on_error=False,
     )
     p.add_argument("--preset", type=str, default="small", help="small, medium, large, with commas")

@@ -20,7 +20,7 @@ import torch
 from pi_dist.config import Config, Method, UserError
 from pi_dist.measure.fake_ranks import Request, typical_rank
 from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
-from pi_dist.measure.record import device_name, kept_records, resume, write
+from pi_dist.measure.record import RANK, device_name, kept_records, resume, write
 from pi_dist.measure.savings import Terms, config_of
 from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory, work
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
@@ -213,7 +213,7 @@ def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minut
         "memory_mib": round(torch.cuda.get_device_properties(0).total_memory / MIB, 1),
         "data": "random tokens",
     }
-    record = resume(record_path, settings)
+    record = resume(record_path, settings, RANK)
     known = {tuple(row[key] for key in _KEYS) for row in record["rows"]}
     left = [point for point in points(presets) if point not in known]
     with Worker() as worker:

@@ -35,6 +35,7 @@ STEP = (
     *("kernels/*.*", "ops/*.py", "model/*.py", "parallel/*.py", "training/cuda_graph.py"),
     *("training/deepspeed_engine.py", "training/optimizer.py", "training/streaming.py"),
 )
+RANK = (*STEP, "measure/fake_ranks.py", "measure/stand_ins.py")  # a step of one rank, alone
 
 
 def device_name() -> str:
@@ -155,12 +156,17 @@ def source_hash(names: tuple[str, ...]) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
-def resume(path: str | None, settings: dict) -> dict:
+def resume(path: str | None, settings: dict, source: tuple[str, ...] = ()) -> dict:
     """The record at `path`, to go on with, or a fresh one with these settings, also where there is no path.
 
+    Args:
+        source: files that its figures depend on, by patterns; their hash is a setting.
+
     Raises:
-        UserError: it is no record, or one of another device or of other versions.
+        UserError: it is no record, or one of another device, of other versions or of another source.
     """
+    if source:
+        settings = settings | {"source": source_hash(source)}
     fresh = {
         "command": _command(),
         "device": device_name(),
@@ -189,6 +195,11 @@ def resume(path: str | None, settings: dict) -> dict:
     ):
         if not holds:
             raise UserError(f"{path}: not a record: {equation} does not hold")
+    theirs = record["settings"].get("source")
+    if source and theirs != settings["source"]:
+        raise UserError(
+            f"{path}: source of the record ({theirs}) == here ({settings['source']}) does not hold"
+        )
     return record
 
 

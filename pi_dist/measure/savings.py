@@ -32,7 +32,7 @@ from pi_dist.config import (
 )
 from pi_dist.measure.profile import Network, profile_from
 from pi_dist.measure.reach import report
-from pi_dist.measure.record import resume, write
+from pi_dist.measure.record import RANK, resume, write
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
 from pi_dist.measure.steps import model_of as preset_with
@@ -422,11 +422,11 @@ def begun(path: str | None, lab: Lab) -> dict[str, Any]:
     """The record at `path`, to go on with, or a fresh one.
 
     Raises:
-        UserError: it is one of another GPU profile, another device or other versions, or none of savings.
+        UserError: it is one of another GPU profile, device, version or source, or none of savings.
     """
     profile = json.loads(json.dumps(asdict(lab.profile)))
     settings = {"profile": profile, "data": "random tokens", "complete": False}
-    record = resume(path, settings)
+    record = resume(path, settings, RANK)
     _check_profile(f"{path}", _profile(f"{path}", record), "here", profile)
     return record
 

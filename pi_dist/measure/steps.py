@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pi_dist.config import PRESETS, Config, ModelConfig, UserError, num_chunks
 from pi_dist.data.loader import Batch
-from pi_dist.measure.record import STEP, resume, source_hash, write
+from pi_dist.measure.record import STEP, resume, write
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import Mesh
 from pi_dist.training.streaming import streamed_losses
@@ -157,11 +157,10 @@ class Record:
 
     def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
         self.path, self.writes, self._line = path, mesh.rank == 0, line
-        settings = settings | {"source": source_hash(STEP)}
         found: list[Any] = [None]
         if self.writes:
             try:
-                found = [resume(path, settings | {"attempting": None})]
+                found = [resume(path, settings | {"attempting": None}, STEP)]
                 for key, value in settings.items():
                     theirs = found[0]["settings"].get(key)
                     if theirs != value:
