@@ -94,7 +94,7 @@ def settings_of(script: str, *names: str) -> list[str]:
 def test_a_dry_run_prints_a_valid_script_and_writes_nothing(submit, capsys, tmp_path):
     assert submit("--dry-run", "--partition=gpu", overrides=("--training.steps=9",)) == 0
     script, said = capsys.readouterr()
-    assert said.startswith("nothing was written: ") and said.count("\n") == 1
+    assert said.startswith("nothing was written; ") and said.count("\n") == 1
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     options = options_of(script)
     assert options["nodes"] == "2" and options["gpus-per-node"] == "4" and options["partition"] == "gpu"

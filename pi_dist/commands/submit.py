@@ -70,7 +70,8 @@ def run(arguments: Namespace) -> int:
     if dry_run:
         print(batch_script(job), end="")
         print(
-            f"nothing was written: submitted, the script reads {job.config} and logs there", file=sys.stderr
+            f"nothing was written; when it is submitted, the script reads {job.config} and logs there",
+            file=sys.stderr,
         )
         return 0
     number = submit(job, config)
