@@ -25,6 +25,7 @@ from pi_dist.commands import (
     submit,
     train,
 )
+from pi_dist.commands.shared import UNFINISHED_RECORD
 from pi_dist.config import UserError
 from pi_dist.training.rank_log import tell_launcher
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         traceback.print_exc()
         tell_launcher("".join(traceback.format_exception_only(error)).strip())
         status = FAILED
-    if status == bench.UNFINISHED_RECORD:
+    if status == UNFINISHED_RECORD:
         tell_launcher("rows are left, run it again to go on")
     _leave(status)
 

@@ -194,7 +194,8 @@ class TrainingConfig:
     it can be done (on GPUs, bf16, ZeRO 1, no dropout, offload or chunks) and every rank has the memory, up to
     65536 tokens of a rank."""
     activation_offload: bool = False
-    """Keep these inputs in pinned host memory until the backward pass comes to them."""
+    """Keep the inputs of blocks that are recomputed in pinned host memory until the backward pass comes to
+    them."""
     mlp_tile_tokens: int | None = None
     """Compute the MLP, and recompute it in the backward pass, in tiles of so many tokens of a rank: its 4d
     wide activations are of one tile, and its input is kept, beside that of the block. null: at once."""

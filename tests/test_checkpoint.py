@@ -1,6 +1,7 @@
 """Checkpoints under faults really injected: bits flipped, files cut, disks full, processes killed."""
 
 import dataclasses
+import json
 import os
 import pickle
 import random
@@ -41,6 +42,10 @@ from pi_dist.training.trainer import train
 def make_engine(config):
     mesh = make_mesh(config.parallel.sp_degree, torch.device("cpu"))
     return Engine(PiTransformer(config.model, config.training.context, 1), config, mesh)
+
+
+def on_one_rank(config):
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
 
 
 def state_of(config, step):
@@ -180,7 +185,7 @@ def test_a_hostile_pickle_is_not_executed(saved, config, tmp_path):
     assert trap.exists()
     trap.unlink()
     contents = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "tokenizer.json"}
-    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    alone = on_one_rank(config)
     with Ranks(1) as ranks:
         assert ranks.run(read_all, alone, path) == [[]]
         for name in contents:
@@ -207,7 +212,7 @@ def test_without_a_whole_checkpoint_the_run_does_not_start_anew(saved):
 
 def test_only_the_newest_are_kept(config):
     with Ranks(1) as ranks:
-        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+        alone = on_one_rank(config)
         ranks.run(save_steps, alone, [1, 2, 3, 4], 2)
     names = sorted(path.name for path in directory(config.run_dir).iterdir())
     assert names == ["step-00000003", "step-00000004"]
@@ -215,7 +220,7 @@ def test_only_the_newest_are_kept(config):
 
 def test_steps_of_more_than_eight_digits_are_numbers_too(config):
     with Ranks(1) as ranks:
-        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+        alone = on_one_rank(config)
         ranks.run(save_steps, alone, [99_999_998, 99_999_999, 100_000_000], 2)
     assert find_newest(config.run_dir)[0].step == 100_000_000
     names = sorted(path.name for path in directory(config.run_dir).iterdir())
@@ -233,7 +238,7 @@ def test_what_is_no_directory_does_not_stand_in_the_way_of_a_checkpoint(config, 
     (place / "step-00000001").write_text("")
     (place / "step-00000002").symlink_to(precious.parent)
     (place / "step-00000003").symlink_to("gone")
-    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    alone = on_one_rank(config)
     with Ranks(1) as ranks:
         for step in (4, 5, 6):
             if step == 5:
@@ -314,7 +319,7 @@ def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
 
     The process stands still meanwhile. The last time it is killed.
     """
-    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    alone = on_one_rank(config)
     code = SAVE_FOREVER.format(paths=sys.path, config=pickle.dumps(alone))
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
     snapshots = []
@@ -377,7 +382,7 @@ def save_copied_at_every_point(config, folder):
 
 
 def test_whatever_a_kill_leaves_at_every_point_of_a_save_has_a_whole_checkpoint(config, tmp_path):
-    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
+    alone = on_one_rank(config)
     with Ranks(1) as ranks:
         (points,) = ranks.run(save_copied_at_every_point, alone, tmp_path)
     steps = []
@@ -424,5 +429,10 @@ def test_damage_is_refused_on_all_ranks(saved, config):
 
 def test_verify_names_a_future_format(saved):
     path = directory(saved) / "step-00000002"
-    found = verify(path)
-    assert found.state["format"] == 1
+    assert verify(path).state["format"] == 1
+    state = path / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
+    files = {f.name: checkpoint._entry(f) for f in path.iterdir() if f.name != "manifest.json"}
+    checkpoint._write_json(path / "manifest.json", {"files": files, "sha256": checkpoint._self_hash(files)})
+    with pytest.raises(CheckpointError, match=r"format \(2\) == 1 does not hold"):
+        verify(path)

@@ -1,6 +1,5 @@
 """The loader: every token once, the same global batch on any number of ranks, and an exact cursor."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -375,12 +374,6 @@ def test_workers_outlive_signals_but_not_their_rank(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert left == [], "a worker outlived its rank"
-
-
-def test_batches_are_frozen(index: ShardIndex) -> None:
-    batch = next(make(index).evaluate())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        batch.row_start = 1
 
 
 def joined_text(index: ShardIndex) -> torch.Tensor:

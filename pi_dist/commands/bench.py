@@ -7,10 +7,26 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import add_network, check_plot, network_of, print_or_write, sizes
+from pi_dist.commands.shared import (
+    UNFINISHED_RECORD,
+    add_network,
+    check_plot,
+    check_written,
+    network_of,
+    print_or_write,
+    sizes,
+)
 from pi_dist.config import ConfigError, UserError
 
-UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
+_NETWORK = ("network", "gpus_per_node", "fabric_gbytes_per_s", "adapters_per_node", "fabric_latency_us")
+_TAKES = {
+    "kernel": ("json", "head_dim", "minutes", "plot"),
+    "blocks": ("json", "head_dim", "entries"),
+    "sp": ("json", "presets", "contexts", "methods", "minutes", "device", "trace", "plot"),
+    "sp --ranks": ("json", "presets", "contexts", "methods", "ranks", "gpu", *_NETWORK),
+    "step": ("json", "presets", "contexts", "streamed", "minutes", "device", "plot"),
+    "faults": ("json", "presets", "contexts", "device", "directory"),
+}
 
 
 def parser() -> ArgumentParser:
@@ -28,7 +44,7 @@ def parser() -> ArgumentParser:
         "--json",
         type=str | None,
         default=None,
-        help="the record to make, or to go on with; blocks: another table",
+        help="the record to make, or to go on with; blocks: another table; faults: the figures",
     )
     p.add_argument(
         "--head-dim",
@@ -53,14 +69,14 @@ def parser() -> ArgumentParser:
         type=str | None,
         default=None,
         help="tiny, small, medium, large, with commas; "
-        "default: small,medium (sp), and large (step), small alone (faults)",
+        "default: small,medium (sp), and large (step); one, small (faults)",
     )
     p.add_argument(
         "--contexts",
         type=str | None,
         default=None,
         help="tokens of a sequence, over all ranks, with commas; "
-        "default: 32k to 1M (sp), 8k to 1M (step), 8k (faults)",
+        "default: 32k to 1M (sp), 8k to 1M (step); one, 8k (faults)",
     )
     p.add_argument(
         "--streamed",
@@ -82,7 +98,10 @@ def parser() -> ArgumentParser:
     )
     p.add_argument("--gpu", type=str, default="H100", help="sp, --ranks: as of `pi-dist savings`")
     p.add_argument(
-        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="sp, step: as parallel.device"
+        "--device",
+        type=Literal["auto", "cpu", "cuda"],
+        default="auto",
+        help="sp, step, faults: as parallel.device",
     )
     p.add_argument(
         "--directory", type=str, default=".", help="faults: where, on the file system of your checkpoints"
@@ -98,7 +117,13 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
+    what = "sp --ranks" if arguments.what == "sp" and arguments.ranks is not None else arguments.what
+    for name, default in parser().get_defaults().as_dict().items():
+        if name not in (*_TAKES[what], "what") and arguments[name] != default:
+            raise ConfigError(f"bench {what}: there is no --{name.replace('_', '-')} of it")
     check_plot(arguments.plot)
+    check_written("json", arguments.json)
+    check_written("trace", arguments.trace)
     if arguments.what == "blocks":
         from pi_dist.measure.kernel_tuning import tune
 
@@ -121,12 +146,12 @@ def _faults(arguments: Namespace) -> None:
 
     from pi_dist.measure.fault_bench import describe, measure
 
-    cost = measure(
-        arguments.presets or "small",
-        sizes("contexts", arguments.contexts or "8192")[0],
-        arguments.device,
-        arguments.directory,
-    )
+    presets = (arguments.presets or "small").split(",")
+    contexts = sizes("contexts", arguments.contexts or "8192")
+    for name, found in (("presets", presets), ("contexts", contexts)):
+        if len(found) > 1:
+            raise ConfigError(f"bench faults: number of {name} ({len(found)}) == 1 does not hold")
+    cost = measure(presets[0], contexts[0], arguments.device, arguments.directory)
     if dist.get_rank() == 0:
         print_or_write(cost, arguments.json, describe(cost))
 

@@ -7,7 +7,7 @@ import sys
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import print_or_write
+from pi_dist.commands.shared import check_written, print_or_write
 from pi_dist.config import ConfigError
 
 
@@ -30,6 +30,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.doctor import Diagnosis, describe, diagnose, to_json
     from pi_dist.parallel.process_group import world_size_from_launcher
 
+    check_written("json", arguments.json)
     if not arguments.timeout > 0:
         raise ConfigError(f"timeout: timeout ({arguments.timeout}) > 0 does not hold")
     diagnosis = diagnose()

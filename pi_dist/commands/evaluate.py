@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import print_or_write
+from pi_dist.commands.shared import check_written, print_or_write
 
 
 def parser() -> ArgumentParser:
@@ -34,6 +34,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.data.shards import unigram_entropy
     from pi_dist.training.evaluate import evaluate_checkpoint
 
+    check_written("json", arguments.json)
     result = evaluate_checkpoint(
         arguments.checkpoint, arguments.data, arguments.context, arguments.sp_degree, arguments.device
     )

@@ -7,8 +7,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.bench import UNFINISHED_RECORD
-from pi_dist.commands.shared import sizes
+from pi_dist.commands.shared import UNFINISHED_RECORD, check_written, sizes
 from pi_dist.config import ConfigError
 
 
@@ -41,6 +40,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.parallel.process_group import choose_device
 
     a, complete = arguments, True
+    check_written("json", a.json)
     record = resume(a.json, {"data": "random tokens"})
     known = [row for row in record["rows"] if row["what"] == a.what]
     if a.what != "kl" and a.preset not in PRESETS:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import ConfigFile, add_network, config_of, network_of, print_or_write
+from pi_dist.commands.shared import (
+    ConfigFile,
+    add_network,
+    check_written,
+    config_of,
+    network_of,
+    print_or_write,
+)
 from pi_dist.config import Config
 
 
@@ -33,6 +40,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.plan import describe, make_plan, to_json
     from pi_dist.measure.profile import load_profile
 
+    check_written("json", arguments.json)
     config = config_of(arguments)
     vocabulary = ""
     if config.model.vocab_size is None:

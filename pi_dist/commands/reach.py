@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import print_or_write
+from pi_dist.commands.shared import check_written, print_or_write
 from pi_dist.config import ConfigError, ModelConfig, check_model
 
 
@@ -39,6 +39,7 @@ def parser() -> ArgumentParser:
 def run(arguments: Namespace) -> int:
     from pi_dist.measure.reach import MAX_LAYERS, describe, report, to_json
 
+    check_written("json", arguments.json)
     if not 1 <= arguments.layers <= MAX_LAYERS:
         raise ConfigError(f"layers: 1 <= layers ({arguments.layers}) <= {MAX_LAYERS} does not hold")
     if arguments.heads < 1:

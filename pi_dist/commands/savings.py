@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.bench import UNFINISHED_RECORD
-from pi_dist.commands.shared import add_network, check_plot, check_written, network_of, sizes
+from pi_dist.commands.shared import (
+    UNFINISHED_RECORD,
+    add_network,
+    check_plot,
+    check_written,
+    network_of,
+    sizes,
+)
 from pi_dist.config import ConfigError
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from pi_dist.config import Config, ConfigError, UserError
 
+UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
+
 
 class ConfigFile(ActionConfigFile):
     """The action of --config; it names the file that is not UTF-8, not YAML, or has a key twice."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pi_dist.commands.shared import ConfigFile, config_of
+from pi_dist.commands.shared import ConfigFile, check_written, config_of
 from pi_dist.config import Config, ConfigError, check, resolve
 from pi_dist.training.stop_request import StopRequest, early_signals
 
@@ -59,8 +59,7 @@ def read_config(flags: list[str]) -> Config:
 
 
 def run(arguments: Namespace) -> int:
-    if arguments.record is not None and not os.path.isdir(os.path.dirname(arguments.record) or "."):
-        raise ConfigError(f"record: {os.path.dirname(arguments.record)} is not a directory")
+    check_written("record", arguments.record)
     if arguments.check is not None:
         check_run(config_of(arguments), arguments.check)
         return 0

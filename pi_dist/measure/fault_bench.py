@@ -37,6 +37,20 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
+def _folder(directory: str) -> Path:
+    """A new one in `directory`, the same of all ranks."""
+    found: list[str | OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [tempfile.mkdtemp(prefix=".faults-", dir=directory)]
+        except OSError as error:  # every rank raises it
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], OSError):
+        raise found[0]
+    return Path(found[0])
+
+
 def measure(preset: str, context: int, device_choice: str, directory: str) -> dict:
     """Seconds of saving and loading the preset's state on the file system of `directory`; collective.
 
@@ -49,16 +63,13 @@ def measure(preset: str, context: int, device_choice: str, directory: str) -> di
 
     Raises:
         ConfigError: the preset cannot be split over so many ranks.
+        OSError: on every rank, where `directory` takes no files.
     """
     check_presets("bench faults", [preset])
     timeout_s = ParallelConfig().timeout_s
     device = start(device_choice, timeout_s)
     world_size = dist.get_world_size()
-    names: list = [tempfile.mkdtemp(prefix=".faults-", dir=directory) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names, src=0)
-    folder = Path(names[0])
     config = Config(
-        run_dir=str(folder),
         model=model_of(preset, **WIDE),
         parallel=ParallelConfig(sp_degree=world_size, zero_stage=1, device=device_choice),
         training=TrainingConfig(
@@ -74,6 +85,7 @@ def measure(preset: str, context: int, device_choice: str, directory: str) -> di
     parameters = model.num_parameters()
     engine = Engine(model, config, mesh)
     steps = Steps(engine, mesh, config)
+    folder = _folder(directory)
     tokenizer = folder / "tokenizer.json"
     if mesh.rank == 0:
         tokenizer.write_text("{}")

@@ -1,4 +1,4 @@
-"""The two figures of the README, drawn from the definitions that the code uses.
+"""Figures: two drawn from the definitions that the code uses, the others of records.
 
     python -m pi_dist.measure.figures DIR
 
@@ -414,7 +414,7 @@ def draw_timeline(trace: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Write both figures into the one directory that is named."""
+    """Write those of the definitions into the one directory that is named."""
     if len(arguments) != 1:
         print("usage: python -m pi_dist.measure.figures DIR", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import statistics
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +23,10 @@ from pi_dist.model.flops import (
     recomputed_flops_per_token,
     training_flops_per_token,
 )
-from pi_dist.training.trainer import Outcome
+
+if TYPE_CHECKING:
+    from pi_dist.training.trainer import Outcome
+
 
 # dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}

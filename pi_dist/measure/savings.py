@@ -58,8 +58,6 @@ class Terms:
     activation_offload: bool = False
     mlp_tile_tokens: int | None = None
     max_gpus: int = 1024
-    device: str = "auto"
-    precision: str = "bf16"
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,12 @@ def config_of(
         )
     config = Config(
         model=model_of(preset, method, terms),
-        parallel=ParallelConfig(sp_degree=num_gpus, zero_stage=terms.zero_stage, device=terms.device),
+        parallel=ParallelConfig(sp_degree=num_gpus, zero_stage=terms.zero_stage),
         training=TrainingConfig(
             context=context,
             batch_size=1,
             micro_batch_size=1,
-            precision=terms.precision,
+            precision="bf16",
             activation_checkpointing=True,
             activation_offload=terms.activation_offload and not streamed,
             mlp_tile_tokens=terms.mlp_tile_tokens,
@@ -298,7 +296,7 @@ def _identity(
         "gpu": lab.profile.name,
         "measures": lab.measures,
         **asdict(lab.network),
-        **{key: value for key, value in asdict(terms).items() if key not in ("device", "precision")},
+        **asdict(terms),
     }
 
 

@@ -18,6 +18,7 @@ from pi_dist.measure.workers import OUT_OF_MEMORY, Worker, measured_apart
 
 MEASURED, PREDICTED = "measured", "predicted"
 COMPOSED = "composed"  # time: of one rank, measured, and communication, predicted
+_TIMED_STEPS = 3
 _START_S = 8.0  # of a point, before its steps: a model, an engine, compiling
 _PATIENT = 3.0  # times the patience with a step: that with memory alone
 
@@ -56,7 +57,6 @@ class Lab:
     measures: bool = False
     real_ranks: int = 1
     patience_s: float = 60.0
-    timed_steps: int = 3
 
     def predict(self, config: Config, num_gpus: int) -> Point:
         """By the cost model.
@@ -84,7 +84,7 @@ class Lab:
         if few_chunks(config, num_gpus) is not None:
             first = whole * 3 / num_chunks(config.training)
             last = 0.3 * whole  # keys and values of all chunks, and two of them backward
-        timed = self.timed_steps if whole <= self.patience_s else 0
+        timed = _TIMED_STEPS if whole <= self.patience_s else 0
         if not self.measures or (not timed and last > _PATIENT * self.patience_s):
             return None, 0.0
         real = timed > 0 and 1 < num_gpus <= self.real_ranks
