@@ -44,6 +44,11 @@ def make_engine(config):
     return Engine(PiTransformer(config.model, config.training.context, 1), config, mesh)
 
 
+def write_manifest(path, files):
+    """With the right hash of its own."""
+    checkpoint._write_json(path / "manifest.json", {"files": files, "sha256": checkpoint._self_hash(files)})
+
+
 def on_one_rank(config):
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sp_degree=1))
 
@@ -125,9 +130,7 @@ def test_what_is_no_checkpoint_under_the_name_of_a_newer_one_is_refused(saved, t
 @pytest.mark.parametrize("files", [["state.json"], {"state.json": 3}, {"state.json": {"bytes": 3}}, 7, None])
 def test_a_manifest_of_another_shape_is_refused_in_words(tmp_path, files):
     """Its own hash right, as no accident leaves it."""
-    checkpoint._write_json(
-        tmp_path / "manifest.json", {"files": files, "sha256": checkpoint._self_hash(files)}
-    )
+    write_manifest(tmp_path, files)
     with pytest.raises(CheckpointError, match="missing or not a manifest"):
         verify(tmp_path)
 
@@ -192,8 +195,7 @@ def test_a_hostile_pickle_is_not_executed(saved, config, tmp_path):
             (path / name).write_bytes(hostile)
             if name != "manifest.json":
                 files = {n: checkpoint._entry(path / n) for n in contents if n != "manifest.json"}
-                manifest = {"files": files, "sha256": checkpoint._self_hash(files)}
-                checkpoint._write_json(path / "manifest.json", manifest)
+                write_manifest(path, files)
             (errors,) = ranks.run(read_all, alone, path)
             assert len(errors) == (1 if name.startswith("optimizer") else 2) and not trap.exists(), (
                 name,
@@ -433,6 +435,6 @@ def test_verify_names_a_future_format(saved):
     state = path / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
     files = {f.name: checkpoint._entry(f) for f in path.iterdir() if f.name != "manifest.json"}
-    checkpoint._write_json(path / "manifest.json", {"files": files, "sha256": checkpoint._self_hash(files)})
+    write_manifest(path, files)
     with pytest.raises(CheckpointError, match=r"format \(2\) == 1 does not hold"):
         verify(path)
