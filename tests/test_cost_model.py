@@ -207,7 +207,7 @@ def measured_steps(records):
 
 @pytest.mark.parametrize("name", ["savings_h100", "savings_time_h100"])
 def test_kept_savings_are_by_the_constants_that_ship(name):
-    """And can be gone on with, as their measured points are there."""
+    """And have their measured points."""
     record = kept_records()[name]
     assert record["settings"]["profile"] == json.loads(json.dumps(dataclasses.asdict(H100)))
     assert len({point["job"] for point in record["points"]}) == len(record["points"]) > 10
@@ -432,3 +432,7 @@ def test_calibrating_measures_once_and_writes_a_profile(tmp_path, monkeypatch, c
 def test_calibrating_needs_a_gpu(tmp_path, capsys):
     assert run("calibrate", "--json", str(tmp_path / "p.json"), "--record", str(tmp_path / "r.json")) == 2
     assert "calibrate: GPUs of this machine (0) >= 1 does not hold" in capsys.readouterr().err
+    for name in ("json", "record"):  # before minutes of work
+        paths = {"json": "p.json", "record": "r.json"} | {name: "nowhere/x.json"}
+        assert run("calibrate", *(f"--{key}={tmp_path / path}" for key, path in paths.items())) == 2
+        assert f"{name}: '{tmp_path}/nowhere' is not a directory" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.shared import (
+    NETWORK_FLAGS,
     UNFINISHED_RECORD,
     add_network,
     check_plot,
@@ -18,12 +19,11 @@ from pi_dist.commands.shared import (
 )
 from pi_dist.config import ConfigError, UserError
 
-_NETWORK = ("network", "gpus_per_node", "fabric_gbytes_per_s", "adapters_per_node", "fabric_latency_us")
 _TAKES = {
     "kernel": ("json", "head_dim", "minutes", "plot"),
     "blocks": ("json", "head_dim", "entries"),
     "sp": ("json", "presets", "contexts", "methods", "minutes", "device", "trace", "plot"),
-    "sp --ranks": ("json", "presets", "contexts", "methods", "ranks", "gpu", *_NETWORK),
+    "sp --ranks": ("json", "presets", "contexts", "methods", "ranks", "gpu", *NETWORK_FLAGS),
     "step": ("json", "presets", "contexts", "streamed", "minutes", "device", "plot"),
     "faults": ("json", "presets", "contexts", "device", "directory"),
 }

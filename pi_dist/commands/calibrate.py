@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pi_dist.commands.shared import check_written
+
 
 def parser() -> ArgumentParser:
     p = ArgumentParser(
@@ -21,5 +23,7 @@ def parser() -> ArgumentParser:
 def run(arguments: Namespace) -> int:
     from pi_dist.measure.calibrate import calibrate
 
+    check_written("json", arguments.json)
+    check_written("record", arguments.record)
     print(calibrate(arguments.json, arguments.record, arguments.presets.split(","), arguments.minutes))
     return 0

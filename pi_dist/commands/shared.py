@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from pi_dist.config import Config, ConfigError, UserError
 
 UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
+NETWORK_FLAGS = ("network", "gpus_per_node", "fabric_gbytes_per_s", "adapters_per_node", "fabric_latency_us")
 
 
 class ConfigFile(ActionConfigFile):
@@ -103,7 +104,7 @@ def print_or_write(result: dict, path: str | None, words: str) -> None:
 
 
 def add_network(parser: ArgumentParser) -> None:
-    """The flags that `network_of` reads."""
+    """`NETWORK_FLAGS`, which `network_of` reads."""
     parser.add_argument(
         "--network", type=str, default="infiniband", help="between nodes: infiniband (NDR) or ethernet (100G)"
     )

@@ -18,7 +18,7 @@ from pi_dist.measure.record import device_name, versions
 from pi_dist.measure.steps import WIDE, Steps, check_presets, model_of
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.parallel.mesh import make_mesh
-from pi_dist.parallel.process_group import start
+from pi_dist.parallel.process_group import of_rank_zero, start
 from pi_dist.training import checkpoint as checkpoints
 from pi_dist.training.deepspeed_engine import Engine
 from pi_dist.training.watchdog import SECTIONS, Watchdog
@@ -35,20 +35,6 @@ def _median(call: Callable[[], object]) -> float:
         call()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
-
-
-def _folder(directory: str) -> Path:
-    """A new one in `directory`, the same of all ranks."""
-    found: list[str | OSError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [tempfile.mkdtemp(prefix=".faults-", dir=directory)]
-        except OSError as error:  # every rank raises it
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], OSError):
-        raise found[0]
-    return Path(found[0])
 
 
 def measure(preset: str, context: int, device_choice: str, directory: str) -> dict:
@@ -85,7 +71,7 @@ def measure(preset: str, context: int, device_choice: str, directory: str) -> di
     parameters = model.num_parameters()
     engine = Engine(model, config, mesh)
     steps = Steps(engine, mesh, config)
-    folder = _folder(directory)
+    folder = Path(of_rank_zero(lambda: tempfile.mkdtemp(prefix=".faults-", dir=directory), OSError))
     tokenizer = folder / "tokenizer.json"
     if mesh.rank == 0:
         tokenizer.write_text("{}")

@@ -18,6 +18,7 @@ from pi_dist.data.loader import Batch
 from pi_dist.measure.record import STEP, resume, write
 from pi_dist.parallel.exchange_plan import shard_starts
 from pi_dist.parallel.mesh import Mesh
+from pi_dist.parallel.process_group import of_rank_zero
 from pi_dist.training.streaming import streamed_losses
 
 PAPER = {"window": 4, "stride": 16, "num_skips": 1}  # the pattern of the paper
@@ -131,9 +132,7 @@ def most(value: float, mesh: Mesh) -> float:
 
 def agreed(here: bool) -> bool:
     """What rank 0 finds."""
-    answer = [here]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return of_rank_zero(lambda: here)
 
 
 def identity(setup: type, row: Row) -> list[Any]:
@@ -157,24 +156,20 @@ class Record:
 
     def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
         self.path, self.writes, self._line = path, mesh.rank == 0, line
-        found: list[Any] = [None]
-        if self.writes:
-            try:
-                found = [resume(path, settings | {"attempting": None}, STEP)]
-                for key, value in settings.items():
-                    theirs = found[0]["settings"].get(key)
-                    if theirs != value:
-                        raise UserError(
-                            f"{path}: {key} of the record ({theirs}) == that of this benchmark ({value}) "
-                            "does not hold"
-                        )
-                write(found[0], path)
-            except (UserError, OSError) as error:  # every rank raises it
-                found = [error]
-        dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        self.content: dict[str, Any] = found[0]
+
+        def begin() -> dict[str, Any]:
+            found = resume(path, settings | {"attempting": None}, STEP)
+            for key, value in settings.items():
+                theirs = found["settings"].get(key)
+                if theirs != value:
+                    raise UserError(
+                        f"{path}: {key} of the record ({theirs}) == that of this benchmark ({value}) "
+                        "does not hold"
+                    )
+            write(found, path)
+            return found
+
+        self.content: dict[str, Any] = of_rank_zero(begin, UserError, OSError)
         self.begun = False  # whether this process has measured anything
 
     @property

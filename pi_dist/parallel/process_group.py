@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pi_dist.config import ConfigError
+
+T = TypeVar("T")
 
 
 def world_size_from_launcher() -> int:
@@ -55,6 +58,20 @@ def check_world_size(ranks: int) -> None:
     started = world_size_from_launcher()
     if started != ranks:
         raise ConfigError(f"launch: world size ({started}) == ranks ({ranks}) does not hold")
+
+
+def of_rank_zero(call: Callable[[], T], *errors: type[Exception]) -> T:
+    """What a call returns on rank 0, on every rank; of these errors, what it raises there. Collective."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [call()]
+        except errors as failure:
+            answer = [failure]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], errors):
+        raise answer[0]
+    return answer[0]
 
 
 def _rendezvous_by_mpi() -> None:

@@ -24,7 +24,7 @@ from pi_dist.model.loss import IGNORE
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.dropout import derive_seed
 from pi_dist.parallel.mesh import Mesh, make_mesh
-from pi_dist.parallel.process_group import start, world_size_from_launcher
+from pi_dist.parallel.process_group import of_rank_zero, start, world_size_from_launcher
 from pi_dist.training import checkpoint as checkpoints
 from pi_dist.training.compile_ahead import compile_ahead
 from pi_dist.training.deepspeed_engine import Engine
@@ -143,7 +143,7 @@ def _train(
     if config.training.activation_offload:
         check_offload(config, memory_of_ranks(mesh).host)
     lock = _lock(config, mesh)
-    found, refused = _find_checkpoint(config, mesh)
+    found, refused = _find_checkpoint(config)
     notes = [f"refused {text}" for text in refused]
     if kept is not None:
         chunks = f"{num_chunks(config.training)} chunks of {config.training.chunk_tokens} tokens"
@@ -242,18 +242,9 @@ def _acquire(file: TextIO, patience_s: float) -> None:
     file.flush()
 
 
-def _find_checkpoint(config: Config, mesh: Mesh) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+def _find_checkpoint(config: Config) -> tuple[checkpoints.Checkpoint | None, list[str]]:
     """The newest whole checkpoint, searched for and verified by rank 0 for all."""
-    answer: list = [None]
-    if mesh.rank == 0:
-        try:
-            answer = [checkpoints.find_newest(config.run_dir)]
-        except checkpoints.CheckpointError as failure:
-            answer = [failure]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], checkpoints.CheckpointError):
-        raise answer[0]
-    return answer[0]
+    return of_rank_zero(lambda: checkpoints.find_newest(config.run_dir), checkpoints.CheckpointError)
 
 
 def _write_config(config: Config) -> None:
