@@ -6,6 +6,7 @@ of this machine.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -250,6 +251,18 @@ def test_one_of_four_hosts_is_cut_off_and_the_run_goes_on_when_it_is_back(
     assert_same_training(tmp_path / "run", on_four_nodes.run_dir)
 
 
+def preempt(cluster: Cluster) -> None:
+    """By a job of higher priority, for a second."""
+    cluster.on("ctl", "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+
+
+def goes_on(cluster: Cluster, job: Submitted, times: int) -> None:
+    """It has been requeued so many times; start it without delay."""
+    requeued = {"JobState": "PENDING", "Restarts": str(times)}
+    until(lambda: requeued.items() <= cluster.job(job.number).items(), 120, lambda: job.log)
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(
     cluster, undisturbed, on_four_nodes, submit, nodes
@@ -258,16 +271,34 @@ def test_a_preempted_run_saves_requeues_and_ends_as_if_nothing_had_been(
     job = submit("run", f"--nodes={nodes}")
     for times, reached in enumerate((f"{nodes} nodes with 1 ranks each", "step 15/"), 1):
         job.reaches(reached)
-        cluster.on(
-            "ctl", "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
-        )
-        until(lambda times=times: cluster.job(job.number)["Restarts"] == str(times), 120, lambda: job.log)
-        until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 60, lambda: job.log)
-        cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+        preempt(cluster)
+        goes_on(cluster, job, times)
     assert cluster.ended(job.number, 300) == "COMPLETED", job.log
     assert "stopped by SIGUSR1 after step" in job.log and "requeued, to go on from there" in job.log
     assert "resuming at step" in job.log and "requeued 2 times" in job.log
     assert_same_training(job.run_dir, (undisturbed if nodes == 2 else on_four_nodes).run_dir)
+
+
+# A mock: SLURM refuses steps once the job's time is over, in the second or so before it ends the job.
+SRUN = """#!/usr/bin/env bash
+if [[ "$*" == *--status* && -z "${{SLURM_RESTART_COUNT:-}}" ]]; then
+    echo "srun: error: Unable to create step: Job/step already completing or completed" >&2
+    exit "${{SLURM_EXIT_ERROR:-1}}"
+fi
+exec {srun} "$@"
+"""
+
+
+def test_a_run_whose_time_is_over_when_it_has_saved_is_requeued(cluster, undisturbed, submit, tmp_path):
+    wrapper = tmp_path / "bin" / "srun"
+    wrapper.parent.mkdir()
+    wrapper.write_text(SRUN.format(srun=shutil.which("srun")))
+    wrapper.chmod(0o755)
+    job = submit("run", env={"PATH": f"{wrapper.parent}:{os.environ['PATH']}"})
+    goes_on(cluster, job, 1)
+    assert cluster.ended(job.number, 300) == "COMPLETED", job.log
+    assert "Unable to create step" in job.log and "requeued 1 times" in job.log
+    assert_same_training(job.run_dir, undisturbed.run_dir)
 
 
 def test_a_lost_node_requeues_the_run(cluster, undisturbed, submit):
@@ -280,13 +311,9 @@ def test_a_lost_node_requeues_the_run(cluster, undisturbed, submit):
     numbers = cluster.on(last, "bash", "-c", "ip netns pids $(ip netns identify $$)").split()
     mine = {str(os.getpid())}
     for number in sorted(map(int, set(numbers) - mine)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 120, lambda: job.log)
-    assert cluster.job(job.number)["Restarts"] == "1"
-    cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    goes_on(cluster, job, 1)
     assert cluster.ended(job.number, 300) == "COMPLETED", job.log
     assert "resuming at step 10 from" in job.log and "NODE FAILURE" in job.log
     assert_same_training(job.run_dir, undisturbed.run_dir)
@@ -302,8 +329,7 @@ def test_a_head_node_that_is_cut_off_does_not_keep_the_run_from_going_on(cluster
     head = cluster.on("ctl", "scontrol", "show", "hostnames", cluster.job(job.number)["NodeList"]).split()[0]
     cluster.on(head, "ip", "link", "set", "eth0", "down")
     try:
-        until(lambda: cluster.job(job.number)["JobState"] == "PENDING", 120, lambda: job.log)
-        cluster.on("ctl", "scontrol", "update", f"JobId={job.number}", "StartTime=now")
+        goes_on(cluster, job, 1)
         job.reaches("resuming at step 10 from", 120)
         assert cluster.ended(job.number, 300) == "COMPLETED", job.log
     finally:
