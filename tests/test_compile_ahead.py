@@ -1,4 +1,4 @@
-"""Which calls of the operator are compiled before the first step; tests/test_kernels.py compares launches."""
+"""Which calls of the operator are compiled before the first step; test_kernel_shards.py compares launches."""
 
 import importlib.util
 from dataclasses import replace
@@ -11,7 +11,7 @@ from pi_dist.ops.pattern import layer_patterns
 from pi_dist.parallel.mesh import Mesh
 from pi_dist.training.compile_ahead import compile_ahead, kernel_calls
 
-if importlib.util.find_spec("triton") is None:  # not imported here: see test_kernels.py
+if importlib.util.find_spec("triton") is None:  # not imported here: see kernel_calls.py
     pytest.skip("needs triton", allow_module_level=True)
 
 MODEL = ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=64, window=4, stride=16)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from test_kernels import on_ranks, results, triton_attention
+from kernel_calls import on_ranks, results, triton_attention
 
 from pi_dist.measure.kernel_peers import peers
 from pi_dist.ops import PiPattern, pi_attention

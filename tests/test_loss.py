@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # see test_kernels.py
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # see kernel_calls.py
 
 from pi_dist.kernels import cross_entropy
 from pi_dist.model import loss

@@ -274,7 +274,7 @@ def stepped(model, length, dtype=torch.float32):
 
 def counts():
     """What torch.compile counted since `compiled_model`."""
-    from torch._dynamo.utils import counters  # imports triton; see test_kernels.py
+    from torch._dynamo.utils import counters  # imports triton; see kernel_calls.py
 
     return counters
 
@@ -461,7 +461,7 @@ def pairs_by_enumeration(config, context, patterns=None):
 
 def counted_keys_pass(config, context):
     """FLOPs a token that PyTorch counts in a pass for keys, and those of pairs of all layers but the last."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton; see test_kernels.py
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton; see kernel_calls.py
 
     kept = {layer: KeptKeys(2 * context, context, True, Placement()) for layer in range(config.num_layers)}
     model = PiTransformer(config, context)
@@ -488,7 +488,7 @@ def test_flops_are_what_pytorch_counts(changes):
 
     What is computed again does not count as work: it is what a step with recomputation has more.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton; see test_kernels.py
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton; see kernel_calls.py
 
     config, context, batch = dataclasses.replace(TINY, **changes), 48, 2
     tokens = torch.randint(0, 23, (batch, context), generator=torch.Generator().manual_seed(0))
