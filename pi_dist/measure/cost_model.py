@@ -5,8 +5,11 @@ Independent of `exchange_plan`, whose counts it is compared with.
 
 from __future__ import annotations
 
-from pi_dist.config import Config, ConfigError
-from pi_dist.ops.pattern import PiPattern, layer_patterns
+from collections.abc import Iterable
+from functools import lru_cache
+
+from pi_dist.config import Config, ConfigError, num_chunks
+from pi_dist.ops.pattern import layer_patterns
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -27,10 +30,50 @@ def rows_received(window: int, stride: int, num_skips: int, start: int, length: 
     return total
 
 
-def _pi_bytes(config: Config, pattern: PiPattern, num_ranks: int, element: int) -> int:
-    """Of all ranks, if an element of K and V is so many bytes."""
-    model, length = config.model, config.training.context // num_ranks
-    rows = 0
+def _covered(intervals: Iterable[tuple[int, int]]) -> int:
+    """Integers in the union of half-open intervals."""
+    total, end = 0, None
+    for start, stop in sorted(intervals):
+        if end is not None:
+            start = max(start, end)
+        if stop > start:
+            total, end = total + stop - start, stop
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _rows_in_chunks(
+    window: int, stride: int, num_skips: int, begin: int, length: int, ranks: int, chunk_tokens: int
+) -> int:
+    """Rows that all ranks receive for a chunk that begins there, whose shards are so long.
+
+    As `rows_received`, but that a rank holds some of what is before its shard: its shards of earlier chunks.
+    """
+    total, reach = 0, max(window, num_skips * stride)
+    for rank in range(ranks):
+        start = begin + rank * length
+        wanted = [(start - window, start)]
+        for offset in range(stride, num_skips * stride + 1, stride):
+            if offset > window:
+                wanted.append((start - offset, min(start, start - offset + length)))
+        mine, size = rank * (chunk_tokens // ranks), chunk_tokens // ranks
+        first = max(0, (start - reach) // chunk_tokens) * chunk_tokens
+        own = [(at + mine, at + mine + size) for at in range(first, begin, chunk_tokens)]
+        total += _covered([*((max(0, a), b) for a, b in wanted), *own]) - _covered(own)
+    return total
+
+
+def _pi_bytes(config: Config, layer: int) -> int:
+    """Of all ranks, for one sequence: keys and values in every forward pass, gradients of them once.
+
+    In chunks also in the pass that makes the rows of all but the last, which in the last layer receives none.
+    """
+    model, training, ranks = config.model, config.training, config.parallel.sp_degree
+    pattern = layer_patterns(model, training.context)[layer]
+    chunk_tokens = training.chunk_tokens or training.context
+    chunks, length = num_chunks(training), chunk_tokens // ranks
+    forwards = 2 if training.activation_checkpointing is True else 1
+    last_layer, element, total = layer == model.num_layers - 1, BYTES[training.precision], 0
     for group in pattern.head_groups(model.num_heads, model.kv_heads):
         if len(set(group.strides)) > 1:
             raise ConfigError(
@@ -38,11 +81,17 @@ def _pi_bytes(config: Config, pattern: PiPattern, num_ranks: int, element: int) 
                 f"({', '.join(map(str, sorted(set(group.strides))))}) are equal does not hold; what they "
                 "receive together has no closed form"
             )
-        stride = group.strides[0]
-        for rank in range(num_ranks):
-            here = rows_received(pattern.window, stride, pattern.num_skips, rank * length, length)
-            rows += here * len(group.kv_heads)
-    return 2 * model.head_dim * rows * element
+        of_group = (pattern.window, group.strides[0], pattern.num_skips)
+        for chunk in range(chunks):
+            begin = min(chunk, -(-pattern.reach() // chunk_tokens)) * chunk_tokens  # farther on all are alike
+            here = min(length, (training.context - chunk * chunk_tokens) // ranks)
+            if chunks == 1:
+                rows = sum(rows_received(*of_group, rank * here, here) for rank in range(ranks))
+            else:
+                rows = _rows_in_chunks(*of_group, begin, here, ranks, chunk_tokens)
+            passes = forwards + (chunk < chunks - 1 and not last_layer)
+            total += 2 * model.head_dim * len(group.kv_heads) * rows * (passes * element + 4)
+    return total
 
 
 def rebalanced_bytes(config: Config) -> float:
@@ -68,7 +117,8 @@ def exchanged_bytes(config: Config, layer: int) -> float:
     Forward (again where activations are recomputed) and backward. Segment ids, which travel once for all
     layers, and ZeRO's traffic are not among them.
 
-    - pi, window: K and V of `rows_received` forward, their gradients in fp32 backward.
+    - pi, window: K and V of `rows_received` forward, their gradients in fp32 backward; in chunks again for
+      each, and for all but the last once more, before the others.
     - ring: K and V in P-1 steps forward and again backward, where their fp32 gradients make P steps;
       among other layers `rebalanced_bytes` too.
     - ulysses: a (P-1)/P share of q, k, v and out forward, and of their gradients backward.
@@ -88,6 +138,5 @@ def exchanged_bytes(config: Config, layer: int) -> float:
     elif method == "ulysses":
         total = 2 * (model.hidden_size + kv) * length * (ranks - 1) / ranks * (forwards + 1) * element
     else:
-        pattern = layer_patterns(model, training.context)[layer]
-        total = _pi_bytes(config, pattern, ranks, forwards * element + 4) / ranks
+        total = _pi_bytes(config, layer) / ranks
     return total * training.batch_size

@@ -79,10 +79,19 @@ class Profile:
         return self.usable_mib * (1 - FRAGMENTS)
 
     def attention_cost(self, window: int, num_skips: int) -> AttentionCost:
-        """The cheapest entry that has at least this window and these skips; the dearest if none has."""
-        wide_enough = [a for a in self.attention if a.window >= window and a.num_skips >= num_skips]
-        cost = lambda a: a.forward_ns + a.backward_ns  # noqa: E731
-        return min(wide_enough, key=cost) if wide_enough else max(self.attention, key=cost)
+        """The cheapest entry that has at least this window and these skips.
+
+        Beyond the table: that of its widest or most, in proportion to the neighbours that it lacks.
+        """
+        widest, most = max(a.window for a in self.attention), max(a.num_skips for a in self.attention)
+        enough = [
+            a
+            for a in self.attention
+            if a.window >= min(window, widest) and a.num_skips >= min(num_skips, most)
+        ]
+        best = min(enough, key=lambda a: a.forward_ns + a.backward_ns)
+        times = max(1.0, window / widest if widest else 1.0, num_skips / most if most else 1.0)
+        return AttentionCost(window, num_skips, times * best.forward_ns, times * best.backward_ns)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,13 @@ class Network:
             return self.node_bytes_per_s, self.node_latency_s
         share = min(1.0, self.adapters_per_node / self.gpus_per_node) if all_at_once else 1.0
         return self.fabric_bytes_per_s * share, self.fabric_latency_s
+
+    def of_collective(self, num_ranks: int) -> tuple[float, float]:
+        """(bytes/s of a rank, latency) of NCCL's own rings, one of which goes through each adapter."""
+        if num_ranks <= self.gpus_per_node:
+            return self.node_bytes_per_s, self.node_latency_s
+        rings = min(self.adapters_per_node, self.gpus_per_node)
+        return min(self.node_bytes_per_s, rings * self.fabric_bytes_per_s), self.fabric_latency_s
 
 
 NETWORKS = {

@@ -6,6 +6,7 @@ Memory is what one rank allocates; time is that of the whole step.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pi_dist.config import EXACT_METHODS, Config, Method, accumulation_steps, num_chunks, replays_graphs
@@ -13,7 +14,7 @@ from pi_dist.measure.cost_model import BYTES, exchanged_bytes, rebalanced_bytes
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.model.flops import matmul_parameters
 from pi_dist.model.loss import KERNEL_ELEMENTS, tile_rows
-from pi_dist.ops.pattern import layer_patterns
+from pi_dist.ops.pattern import PiPattern, layer_patterns
 from pi_dist.training import kept_memory
 from pi_dist.training.kept_memory import KeptPlan, offloaded_bytes, plan_kept_rows
 
@@ -42,6 +43,9 @@ _ULYSSES_COPIES = -2  # what is gathered takes the place of what it was gathered
 _FILL_KEYS = 1024
 # Of what a block with a gate moves, that of the gate: by its code d/2 numbers twice forward, four times back.
 _GATE_MOVES = 0.07
+# Matrix products in fp32 take so many times as long as in bf16, by the data sheets of H100 and H200 (989 and
+# 67 TFLOP/s) and of A100 (312 and 19.5). Nothing in fp32 was measured.
+_FP32_PRODUCTS = 15.0
 _INPUTS_HERE = 3  # of blocks, where the rest are in host memory: one that leaves, one in use, one that comes
 _STATE_BYTES = 28  # read and written by AdamW for each parameter of a partition
 _ADDED_BYTES = 12  # for each parameter, where a further micro-step's gradient is added to an fp32 one
@@ -249,27 +253,39 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     states = num_parameters(config) * (_STATE_BYTES / (world_size if p.zero_stage else 1) + 8)
     states += num_parameters(config) * _ADDED_BYTES * (steps * num_chunks(t) - 1)
     moves = forwards + (1 if t.activation_checkpointing == "selective" else 0)  # all but products, once more
+    slower = _FP32_PRODUCTS if t.precision == "fp32" else 1.0
     moved = tokens * sum(1.0 if m.gated(layer) else 1 - _GATE_MOVES for layer in range(m.num_layers))
     launched = 0 if replays_graphs(config, "cuda") else steps * m.num_layers * num_chunks(t)
     return Work(
-        matmul_flops=steps * flops,
+        matmul_flops=slower * steps * flops,
         moved_bytes=steps * moved * m.hidden_size * element * (moves + 2) / 4,
         layers=launched * (forwards + 2) / 4,
-        exact_forward_flops=steps * forwards * exact,
-        exact_backward_flops=steps * 2.5 * exact,
+        exact_forward_flops=slower * steps * forwards * exact,
+        exact_backward_flops=slower * steps * 2.5 * exact,
         fixed_seconds=steps * seconds + states / profile.copy_bytes_per_s,
     )
 
 
 def _kernel_seconds(config: Config, profile: Profile, forwards: float) -> float:
-    """Of our attention kernels in one micro-step of one rank."""
+    """Of our attention kernels in one micro-step of one rank; in fp32, by their bytes, twice as long."""
     m, t = config.model, config.training
     tokens, total = t.micro_batch_size * t.context // config.parallel.sp_degree, 0.0
     for method, pattern in zip(m.methods, layer_patterns(m, t.context), strict=True):
         if method not in EXACT_METHODS:
-            cost = profile.attention_cost(pattern.window, pattern.num_skips)
+            cost = profile.attention_cost(*_neighbours(pattern, t.context))
             total += 1e-9 * tokens * m.num_heads * (forwards * cost.forward_ns + cost.backward_ns)
-    return total * m.head_dim / 64
+    return total * m.head_dim / 64 * BYTES[t.precision] / BYTES["bf16"]
+
+
+def _neighbours(pattern: PiPattern, context: int) -> tuple[int, int]:
+    """(of the ring, skips) that a token has in the mean, rounded up: the first ones have fewer."""
+    window = min(pattern.window, context - 1)
+    stride = min(pattern.distinct_strides())
+    skips = min(pattern.num_skips, (context - 1) // stride)
+    return (
+        math.ceil(window * (1 - window / (2 * context))),
+        math.ceil(skips * (1 - skips * stride / (2 * context))),
+    )
 
 
 def _merge_seconds(config: Config, profile: Profile, forwards: float) -> float:
@@ -311,8 +327,7 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
     """
     m, t, p = config.model, config.training, config.parallel
     forwards = forward_passes(config)
-    micro_steps = accumulation_steps(config, world_size)
-    total = 0.0
+    micro_steps, total = accumulation_steps(config, world_size), 0.0
     if p.sp_degree > 1:
         by_method: dict[str, float] = {}
         for layer, method in enumerate(m.methods):  # layers of one pattern send the same
@@ -321,7 +336,7 @@ def communication_seconds(config: Config, world_size: int, profile: Profile, net
                 sent = exchanged_bytes(config, layer) / t.batch_size * t.micro_batch_size
                 by_method[key] = _layer_wait(config, method, sent, forwards, network, profile)
             total += by_method[key]
-    return micro_steps * num_chunks(t) * total + _zero_seconds(config, world_size, network, micro_steps)
+    return micro_steps * num_chunks(t) * total + _zero_seconds(config, world_size, network)
 
 
 def _layer_wait(
@@ -349,15 +364,20 @@ def _layer_wait(
     return edge + max(0.0, calls * latency + sent / chunks / rate - hidden)
 
 
-def _zero_seconds(config: Config, world_size: int, network: Network, micro_steps: int) -> float:
-    """Gradients summed in fp32, parameters gathered in their own dtype, by rings over all ranks."""
+def _zero_seconds(config: Config, world_size: int, network: Network) -> float:
+    """Gradients summed in fp32, parameters gathered in their own dtype, by rings over all ranks.
+
+    ZeRO 2 and 3 sum after the backward pass of every micro-step and chunk; ZeRO 3 gathers for every pass.
+    """
     if world_size == 1:
         return 0.0
-    rate, latency = network.of(world_size)
+    rate, latency = network.of_collective(world_size)
     stage, n = config.parallel.zero_stage, num_parameters(config)
     element, share = BYTES[config.training.precision], (world_size - 1) / world_size
-    reductions = micro_steps if stage >= 2 else 1
-    gathers = 2 * micro_steps if stage == 3 else 1
+    chunks = num_chunks(config.training)
+    backwards = accumulation_steps(config, world_size) * chunks
+    reductions = backwards if stage >= 2 else 1
+    gathers = backwards * (3 - 1 / chunks) if stage == 3 else 1  # all chunks but the last once more, first
     factor = 1 if stage == 3 else 2  # an all_reduce, where ZeRO 3 has a reduce_scatter
     sent = share * n * (4 * factor * reductions + (element * gathers if stage else 0))
     messages = (reductions + gathers) * max(1, -(-n // _BUCKET)) * (world_size - 1).bit_length()
