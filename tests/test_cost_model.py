@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from pi_dist.cli import main
 from pi_dist.config import PRESETS, Config, ConfigError, ParallelConfig, TrainingConfig, UserError
@@ -187,9 +188,44 @@ def test_zero_2_and_3_sum_after_every_chunk(chunks):
 
 def test_a_plan_says_with_how_many_gpus_or_that_none_helps():
     ring = make_plan(job("ring", context=2**26, num_gpus=8, preset="large"), 8, H100, Network())
-    assert ring.more_gpus and "GPUs that share a sequence would" in describe(ring)
+    assert ring.more_gpus and "--gpus 256 --parallel.sp_degree=256 would" in describe(ring)
+    uneven = make_plan(job("ulysses", context=5 * 2**20, num_gpus=4, preset="large"), 4, H100, Network())
+    assert uneven.more_gpus == (20, 20)  # of 32 heads and 20 ranks' tokens, no power of two
     dense = make_plan(job("dense", context=2**24, preset="medium"), 1, H100, Network())
-    assert "nor on 4,096 GPUs" in describe(dense)
+    assert "nor with any change that was tried, nor on up to 4,096 GPUs" in describe(dense)
+
+
+@pytest.mark.parametrize(
+    ("method", "context", "training", "said"),
+    [
+        ("pi", 2**22, {"chunk_tokens": 2**21}, "--training.chunk_tokens=1048576: 55,798 MiB"),
+        (
+            *("pi", 2**22, {"chunk_tokens": 2**18, "activation_checkpointing": False}),
+            "--training.activation_checkpointing=true: ",
+        ),
+        (
+            *("dense", 3 * 2**19, {"activation_checkpointing": False}),
+            "--training.activation_checkpointing=true --training.activation_offload=true: ",
+        ),
+        ("pi", 2**20, {"precision": "fp32"}, "--training.precision=bf16: "),
+    ],
+)
+def test_what_a_plan_advises_is_enough(method, context, training, said):
+    config = job(method, context=context)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+    plan = make_plan(config, 1, H100, Network())
+    assert not plan.fits and said in describe(plan)
+    for change in plan.changes:
+        flags = [flag.removeprefix("--").split("=") for flag in change.what.split()]
+        values = {room: {} for room in ("parallel", "training")}
+        for name, value in flags:
+            room, field = name.split(".")
+            values[room][field] = yaml.safe_load(value)
+        followed = dataclasses.replace(
+            config, **{room: dataclasses.replace(getattr(config, room), **values[room]) for room in values}
+        )
+        again = make_plan(followed, 1, H100, Network())
+        assert again.fits and again.memory.host == change.host_mib, change
 
 
 def test_shipped_kernel_times_are_those_of_the_records():

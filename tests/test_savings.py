@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cost_model import H100, job, run
 
-from pi_dist.config import ConfigError
+from pi_dist.config import ConfigError, UserError
 from pi_dist.measure import savings_points
 from pi_dist.measure.profile import NETWORKS, write_profile
 from pi_dist.measure.savings import (
@@ -87,6 +87,9 @@ def test_every_row_has_its_reach():
     assert rows["ring"]["covered_share"] == 1.0
     doubling = Terms(schedule="doubling")
     assert fewest("small", "pi", False, 65536, Budget(), doubling, BENCH)["reach"] > 30000
+    beyond = Terms(stride=50000)  # two such strides leave the sequence
+    assert fewest("small", "pi", False, 65536, Budget(), beyond, BENCH)["reach"] == 50044
+    assert fewest("small", "ring", False, 65536, Budget(), Terms(window=10**6), BENCH)["gpus"] == 1
 
 
 class PretendedGpu:
@@ -154,7 +157,7 @@ def test_what_cannot_be_measured_is_said_and_tried_again(gpu, monkeypatch, tmp_p
     assert "(measuring failed: the worker has died)" in markdown(record)
     pretended.ask = ask
     sweep(str(path), *what, "memory", Terms(), lab, record)
-    assert [row["memory_source"] for row in record["rows"]] == ["measured"]
+    assert [row["memory_source"] for row in record["rows"]] == ["measured"] * 2
 
 
 def test_rows_that_chunks_keep_lie_where_the_run_puts_them():
@@ -330,7 +333,7 @@ def test_a_record_is_of_one_gpu_in_all_its_constants(tmp_path, capsys):
     record.write_text(before)
     other = tmp_path / "a.json"
     assert run(*flags, str(other), "--gpu", "A100") == 0
-    capsys.readouterr()
+    assert "On A100 (by its data sheet), " in capsys.readouterr().out
     assert run("savings", "--from", str(record), str(other)) == 2
     error = capsys.readouterr().err
     assert f"{other}: profile of the record (A100) == of {record} (H100)" in error and error.count("\n") == 1
@@ -353,6 +356,19 @@ def test_what_ran_out_of_memory_unforeseen_is_named(gpu, tmp_path):
         gpu(share, 1.0)
         text = markdown(swept(tmp_path / f"{share}.json", lab, contexts=(2**20,), methods=["window"]))
         assert ("1 points ran out of memory" in text) == (said is not None) and (said or "") in text
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [(None, "device", "other"), (None, "versions", {"torch": "2.1.0"}), ("settings", "source", "of old")],
+)
+def test_records_that_cannot_be_compared_are_not_joined(tmp_path, where, key, value):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    record = swept(one)
+    (record if where is None else record[where])[key] = value
+    two.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rf"{two}: {key} of the record \(.*\) == of {one} \("):
+        merged([str(one), str(two)])
 
 
 def test_joined_records_have_no_row_twice_and_the_later_stays(tmp_path):
@@ -452,7 +468,7 @@ def curves_of(axes):
 def test_a_curve_of_the_figure_is_one_budget_and_one_pattern(drawn, tmp_path):
     path = tmp_path / "s.json"
     for budget in ("memory", "step_ms=100", "step_ms=200", "tokens_per_s=500000"):
-        record = swept(path, contexts=(65536, 131072), budget=budget, methods=["window"])
+        record = swept(path, contexts=(65536, 131072), budget=budget, methods=["ring"])
     figure = drawn(record)
     assert [x for x, _ in curves_of(figure.axes[0])] == [[65536, 131072]] * 4
     assert figure.legend[1:5] == [
@@ -461,7 +477,7 @@ def test_a_curve_of_the_figure_is_one_budget_and_one_pattern(drawn, tmp_path):
     assert not figure.outside
     record = swept(tmp_path / "t.json", methods=["window"])
     record = swept(tmp_path / "t.json", methods=["window"], terms={"window": 8})
-    assert drawn(record).legend[1:3] == ["within memory, window 4", "within memory, window 8"]
+    assert drawn(record).legend[2:4] == ["within memory, window 4", "within memory, window 8"]
 
 
 def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn, tmp_path):

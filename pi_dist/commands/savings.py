@@ -44,7 +44,7 @@ def parser() -> ArgumentParser:
         "--minutes", type=float | None, default=None, help="stop after so long; run again to go on"
     )
     p.add_argument("--zero-stage", type=Literal[0, 1, 2, 3], default=1, help="of every method")
-    p.add_argument("--chunk-tokens", type=int, default=32768, help="of a GPU, where π streams")
+    p.add_argument("--chunk-tokens", type=int, default=32768, help="of a GPU, where π and window stream")
     p.add_argument("--window", type=int, default=4, help="k of π and of the window")
     p.add_argument("--stride", type=int, default=16, help="π: base stride in tokens")
     p.add_argument("--num-skips", type=int, default=1, help="M: skips of a token")
@@ -54,7 +54,7 @@ def parser() -> ArgumentParser:
     p.add_argument(
         "--activation-offload",
         action="store_true",
-        help="inputs of blocks in host memory, of every method, but where π streams",
+        help="inputs of blocks in host memory, of every method, but where it streams",
     )
     p.add_argument(
         "--mlp-tile-tokens",

@@ -149,8 +149,8 @@ def _closing(config: Config, outcome: Any) -> str:
         )
     reach = report(config.model, config.training.context)
     lines += [
-        f"reach              {reach.reach:,} tokens to the left at a context of {config.training.context:,}; "
-        f"the last token can see {reach.covered_share:.1%} of what is before it",
+        f"reach              {reach.reach_in_context:,} tokens to the left at a context of "
+        f"{config.training.context:,}; the last token can see {reach.covered_share:.1%} of what is before it",
         f"checkpoint         {outcome.checkpoint}",
         f"TensorBoard        tensorboard --logdir {shlex.quote(config.run_dir + '/tensorboard')}",
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
 
 from pi_dist.config import Config, ConfigError, check
 from pi_dist.measure.profile import Network, Profile
@@ -12,6 +14,8 @@ from pi_dist.measure.reach import report
 from pi_dist.measure.step_model import Memory, Time, memory, step_time
 
 MOST_GPUS = 4096  # that are tried
+MIN_CHUNK = 4096  # tokens of a rank, of chunks that are tried
+SHOWN = 4  # changes
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Change:
 
     what: str
     mib: float
+    host_mib: float
+    """Of host memory, a GPU."""
     seconds: float
 
 
@@ -39,8 +45,10 @@ class Plan:
     covered_share: float
     changes: tuple[Change, ...]
     """What would make it fit, if it does not."""
-    more_gpus: int | None
-    """With how many it would, if none of these changes helps; None: with no number that was tried."""
+    more_gpus: tuple[int, int] | None
+    """(how many, sp_degree) with which it would, if no change helps; None: with none that was tried."""
+    gpus_of_a_node: int
+    precision: str
 
     @property
     def fits(self) -> bool:
@@ -58,11 +66,7 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
     need = memory(config, gpus, profile)
     changes, more_gpus = (), None
     if need.total > profile.tensors_mib:
-        changes = tuple(
-            Change(what, mib, step_time(other, gpus, profile, network).total)
-            for what, other in _alternatives(config, gpus)
-            if (mib := _mib(other, gpus, profile)) <= profile.tensors_mib
-        )
+        changes = tuple(_that_fit(config, gpus, profile, network))
         more_gpus = None if changes else _more_gpus(config, gpus, profile)
     return Plan(
         gpus=gpus,
@@ -71,74 +75,96 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
         memory=need,
         time=step_time(config, gpus, profile, network),
         tokens=config.training.context * config.training.batch_size,
-        reach=min(reach.reach, config.training.context - 1),
+        reach=reach.reach_in_context,
         context=config.training.context,
         covered_share=reach.covered_share,
         changes=changes,
         more_gpus=more_gpus,
+        gpus_of_a_node=min(gpus, network.gpus_per_node),
+        precision=config.training.precision,
     )
 
 
-def _mib(config: Config, gpus: int, profile: Profile) -> float:
-    """Memory of a rank; infinite where the run would be refused."""
+def _memory(config: Config, gpus: int, profile: Profile) -> Memory | None:
+    """Of a rank; None where the run would be refused."""
     try:
         check(config, gpus)
-        return memory(config, gpus, profile).total
+        return memory(config, gpus, profile)
     except ConfigError:
-        return math.inf
+        return None
 
 
-def _more_gpus(config: Config, gpus: int, profile: Profile) -> int | None:
-    """The least multiple of the GPUs, by powers of two, that share a sequence and have the memory."""
-    p, factor = config.parallel, 2
-    while gpus * factor <= MOST_GPUS:
-        other = replace(config, parallel=replace(p, sp_degree=p.sp_degree * factor))
-        if _mib(other, gpus * factor, profile) <= profile.tensors_mib:
-            return gpus * factor
-        factor *= 2
+def _more_gpus(config: Config, gpus: int, profile: Profile) -> tuple[int, int] | None:
+    """The least multiple of the GPUs that has the memory: they share sequences, or else optimizer states."""
+    p = config.parallel
+    for factor in range(2, MOST_GPUS // gpus + 1):
+        for sp_degree in (p.sp_degree * factor, p.sp_degree):
+            other = replace(config, parallel=replace(p, sp_degree=sp_degree))
+            need = _memory(other, gpus * factor, profile)
+            if need is not None and need.total <= profile.tensors_mib:
+                return gpus * factor, sp_degree
     return None
 
 
-def _alternatives(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
-    """Settings that save memory and that the run could have, the least slowing first; then pairs of them."""
+def _that_fit(config: Config, gpus: int, profile: Profile, network: Network) -> Iterator[Change]:
+    """Changes that are enough, none of which holds another."""
+    enough: list[dict[str, Any]] = []
+    for settings, other in _alternatives(config, gpus):
+        if any(fewer.items() <= settings.items() for fewer in enough):
+            continue
+        need = _memory(other, gpus, profile)
+        if need is not None and need.total <= profile.tensors_mib:
+            enough.append(settings)
+            seconds = step_time(other, gpus, profile, network).total
+            yield Change(_flags(settings), need.total, need.host, seconds)
+
+
+def _alternatives(config: Config, gpus: int) -> Iterator[tuple[dict[str, Any], Config]]:
+    """(settings, the run with them) that save memory, the least slowing first; then pairs, and triples."""
     t, p = config.training, config.parallel
-    single = []
-    for degree in (d for d in range(p.sp_degree + 1, gpus + 1) if gpus % d == 0):
-        single.append((f"parallel.sp_degree={degree}", {"parallel": {"sp_degree": degree}}))
-    for stage in (s for s in (1, 2, 3) if s > p.zero_stage):
-        single.append((f"parallel.zero_stage={stage}", {"parallel": {"zero_stage": stage}}))
+    single: list[dict[str, Any]] = []
+    if t.precision == "fp32":
+        single.append({"training.precision": "bf16"})
+    single += [{"parallel.sp_degree": d} for d in range(p.sp_degree + 1, gpus + 1) if gpus % d == 0]
+    single += [{"parallel.zero_stage": stage} for stage in (1, 2, 3) if stage > p.zero_stage]
     if t.micro_batch_size > 1:
-        single.append(("training.micro_batch_size=1", {"training": {"micro_batch_size": 1}}))
+        single.append({"training.micro_batch_size": 1})
     if t.cuda_graphs:
-        single.append(("training.cuda_graphs=null", {"training": {"cuda_graphs": None}}))
-    if t.activation_checkpointing is not True and t.chunk_tokens is None:
-        single.append(
-            ("training.activation_checkpointing=true", {"training": {"activation_checkpointing": True}})
-        )
+        single.append({"training.cuda_graphs": None})
+    recompute = {}
+    if t.activation_checkpointing is not True:
+        recompute["training.activation_checkpointing"] = True
+        single.append(recompute)
     if t.mlp_tile_tokens is None:
-        single.append(("training.mlp_tile_tokens=8192", {"training": {"mlp_tile_tokens": 8192}}))
-    if t.activation_checkpointing is True and t.chunk_tokens is None and not t.activation_offload:
-        single.append(("training.activation_offload=true", {"training": {"activation_offload": True}}))
-    chunk = 8192 * p.sp_degree
-    if t.chunk_tokens is None and chunk < t.context:
-        single.append((f"training.chunk_tokens={chunk}", {"training": {"chunk_tokens": chunk}}))
-    pairs = [
-        (f"{a} --{b}", _joined(x, y))
-        for i, (a, x) in enumerate(single)
-        for b, y in single[i + 1 :]
-        if a.split("=")[0] != b.split("=")[0]
-    ]
-    for what, changed in single + pairs:
-        other = replace(
-            config,
-            parallel=replace(p, **changed.get("parallel", {})),
-            training=replace(t, **changed.get("training", {})),
-        )
-        yield f"--{what}", other
+        single.append({"training.mlp_tile_tokens": 8192})
+    if t.chunk_tokens is None and not t.activation_offload:
+        single.append(recompute | {"training.activation_offload": True})
+    longest = t.chunk_tokens or 16384 * p.sp_degree
+    for chunk in (longest // 2, longest // 4, longest // 16, longest // 64):
+        if chunk % p.sp_degree == 0 and MIN_CHUNK * p.sp_degree <= chunk < t.context:
+            single.append({"training.chunk_tokens": chunk})
+    for number in (1, 2, 3):
+        for several in combinations(single, number):
+            joined = {key: value for settings in several for key, value in settings.items()}
+            if len(joined) == sum(map(len, several)):
+                yield joined, _with(config, joined)
 
 
-def _joined(a: dict[str, dict], b: dict[str, dict]) -> dict[str, dict]:
-    return {key: a.get(key, {}) | b.get(key, {}) for key in a | b}
+def _flags(settings: dict[str, Any]) -> str:
+    """As `pi-dist train` takes them."""
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()
+    }
+    return " ".join(f"--{name}={value}" for name, value in values.items())
+
+
+def _with(config: Config, settings: dict[str, Any]) -> Config:
+    """The run with other settings, by their dotted names."""
+    rooms: dict[str, dict[str, Any]] = {"parallel": {}, "training": {}}
+    for name, value in settings.items():
+        room, field = name.split(".")
+        rooms[room][field] = value
+    return replace(config, **{room: replace(getattr(config, room), **rooms[room]) for room in rooms})
 
 
 def to_json(plan: Plan) -> dict:
@@ -159,6 +185,8 @@ def describe(plan: Plan) -> str:
         f"reach             {plan.reach:,} tokens to the left at a context of {plan.context:,}, "
         f"{plan.covered_share:.1%} of it",
     ]
+    if plan.precision == "fp32":
+        lines.append("fp32              its products by the GPUs' data sheets: none was measured")
     if plan.reach < plan.context - 1:
         lines.append(
             f"warning           context ({plan.context:,}) > reach ({plan.reach:,}): tokens farther back "
@@ -166,16 +194,23 @@ def describe(plan: Plan) -> str:
         )
     if m.host:
         lines.append(
-            f"host memory       {m.host:,.0f} MiB a GPU, for kept rows or inputs of blocks; the time is "
-            "without moving them"
+            f"host memory       {m.host:,.0f} MiB a GPU, {m.host * plan.gpus_of_a_node:,.0f} of a node, for "
+            "kept rows or inputs of blocks; the time is without moving them"
         )
     if not plan.fits:
         if plan.changes:
             said = "one of these would:"
         elif plan.more_gpus:
-            said = f"{plan.more_gpus:,} GPUs that share a sequence would"
+            said = "--gpus {} --parallel.sp_degree={} would".format(*plan.more_gpus)
         else:
-            said = f"nor on {MOST_GPUS:,} GPUs, as it is"
+            said = f"nor with any change that was tried, nor on up to {MOST_GPUS:,} GPUs as it is"
         lines.append(f"does not fit      {said}")
-        lines += [f"  {c.what}: {c.mib:,.0f} MiB, {1e3 * c.seconds:,.0f} ms" for c in plan.changes[:4]]
+        lines += [f"  {_in_words(change)}" for change in plan.changes[:SHOWN]]
     return "\n".join(lines)
+
+
+def _in_words(change: Change) -> str:
+    said = f"{change.what}: {change.mib:,.0f} MiB, {1e3 * change.seconds:,.0f} ms"
+    if change.host_mib:
+        said += f" without moving {change.host_mib:,.0f} MiB a GPU to host memory and back"
+    return said

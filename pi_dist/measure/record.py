@@ -40,6 +40,7 @@ STEP = (
     *("training/deepspeed_engine.py", "training/optimizer.py", "training/streaming.py"),
 )
 RANK = (*STEP, "measure/fake_ranks.py", "measure/stand_ins.py")  # a step of one rank, alone
+PREDICTION = ("measure/cost_model.py", "measure/profile.py", "measure/step_model.py")
 
 
 def device_name() -> str:
@@ -99,7 +100,7 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
         "hfu": round((flops + recomputed) * rate, 4) if rate else None,
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
         "reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None,
-        "reach": min(reach.reach, t.context - 1),
+        "reach": reach.reach_in_context,
         "covered_share": reach.covered_share,
         "measured": True,
     }

@@ -32,7 +32,7 @@ from pi_dist.config import (
 )
 from pi_dist.measure.profile import Network, profile_from
 from pi_dist.measure.reach import report
-from pi_dist.measure.record import RANK, resume, write
+from pi_dist.measure.record import PREDICTION, RANK, resume, write
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
 from pi_dist.measure.steps import model_of as preset_with
@@ -90,7 +90,7 @@ def parse_budget(text: str, context: int) -> Budget:
 
 
 def variants(methods: Sequence[Method]) -> Iterator[tuple[Method, bool]]:
-    """(method, streamed): π also in chunks, as a row of its own.
+    """(method, streamed): π and window also in chunks, as rows of their own.
 
     Raises:
         ConfigError: an unknown method.
@@ -99,7 +99,7 @@ def variants(methods: Sequence[Method]) -> Iterator[tuple[Method, bool]]:
         raise ConfigError(f"methods: {', '.join(methods)} in {', '.join(METHODS)} does not hold")
     for method in methods:
         yield method, False
-        if method == "pi":
+        if method not in EXACT_METHODS:
             yield method, True
 
 
@@ -111,6 +111,8 @@ def model_of(preset: str, method: Method, terms: Terms) -> ModelConfig:
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset: {preset!r} in {', '.join(PRESETS)} does not hold")
+    if method in EXACT_METHODS:
+        return preset_with(preset, method=method)
     pattern = {"window": terms.window, "stride": terms.stride, "schedule": terms.schedule}
     skips = 0 if method == "window" else terms.num_skips
     return preset_with(preset, method=method, num_skips=skips, **pattern)
@@ -300,6 +302,7 @@ def _identity(
     }
 
 
+_SOURCE = (*RANK, *PREDICTION, "measure/savings.py", "measure/savings_points.py")
 _IDENTITY = (
     *("preset", "context", "method", "streamed", "budget_ms", "gpu", "measures"),
     *(field.name for kind in (Network, Terms) for field in fields(kind)),
@@ -309,7 +312,7 @@ _IDENTITY = (
 @lru_cache(maxsize=256)
 def _reach_of(model: ModelConfig, context: int) -> tuple[int, float]:
     found = report(model, context)
-    return min(found.reach, context - 1), found.covered_share
+    return found.reach_in_context, found.covered_share
 
 
 def _reach(preset: str, method: Method, context: int, terms: Terms) -> dict[str, Any]:
@@ -424,39 +427,40 @@ def begun(path: str | None, lab: Lab) -> dict[str, Any]:
     """
     profile = json.loads(json.dumps(asdict(lab.profile)))
     settings = {"profile": profile, "data": "random tokens", "complete": False}
-    record = resume(path, settings, RANK)
-    _check_profile(f"{path}", _profile(f"{path}", record), "here", profile)
+    record = resume(path, settings, _SOURCE)
+    _check_savings(f"{path}", record)
+    _check_same(f"{path}", record, "here", record | {"settings": record["settings"] | {"profile": profile}})
     return record
 
 
-def _profile(path: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The GPU that a record is of, in numbers.
-
-    Raises:
-        UserError: it is no record of savings.
-    """
+def _check_savings(path: str, record: dict[str, Any]) -> None:
+    """Raise UserError unless it is a record of savings."""
     try:
         [row["gpus"] for row in record["rows"]]
-        profile = record["settings"]["profile"]
-        profile_from(profile)
-        return {"name": profile["name"], **profile}
+        profile_from(record["settings"]["profile"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a record of `pi-dist savings`: {error}") from error
 
 
-def _check_profile(path: str, mine: dict[str, Any], where: str, other: dict[str, Any]) -> None:
-    """A record is of one GPU, the same in all its constants, for its rows are compared.
+def _check_same(path: str, mine: dict[str, Any], where: str, theirs: dict[str, Any]) -> None:
+    """Rows that are compared are of one GPU, the same in all its constants, one device,
+    one state of the code.
 
     Raises:
-        UserError: they are two.
+        UserError: they are of two.
     """
-    if mine != other:
-        names = mine["name"], other["name"]
-        differ = [key for key in other | mine if mine.get(key) != other.get(key)]
+    profile, other = (record["settings"]["profile"] for record in (mine, theirs))
+    names = profile["name"], other["name"]
+    if profile != other:
+        differ = [key for key in other | profile if profile.get(key) != other.get(key)]
         raise UserError(
             f"{path}: profile of the record ({names[0]}) == {where} ({names[1]}) does not hold"
             + (f": other {', '.join(differ)}" if names[0] == names[1] else "")
         )
+    for key in ("device", "versions", "source"):
+        a, b = ((record["settings"] if key == "source" else record).get(key) for record in (mine, theirs))
+        if a != b:
+            raise UserError(f"{path}: {key} of the record ({a}) == {where} ({b}) does not hold")
 
 
 def merged(paths: Sequence[str]) -> dict[str, Any]:
@@ -465,7 +469,7 @@ def merged(paths: Sequence[str]) -> dict[str, Any]:
     Of equal rows the last stays. Says on standard error which records are not complete.
 
     Raises:
-        UserError: a file is no record of savings, or one of another GPU profile than the first.
+        UserError: a file is no record of savings, or not comparable with the first.
     """
     records = []
     for path in paths:
@@ -473,8 +477,8 @@ def merged(paths: Sequence[str]) -> dict[str, Any]:
             records.append(json.loads(Path(path).read_text("utf-8")))
         except ValueError as error:
             raise UserError(f"{path}: not a record of `pi-dist savings`") from error
-        profiles = [_profile(path, record) for record in (records[-1], records[0])]
-        _check_profile(path, profiles[0], f"of {paths[0]}", profiles[1])
+        _check_savings(path, records[-1])
+        _check_same(path, records[-1], f"of {paths[0]}", records[0])
     complete = [record["settings"].get("complete", True) for record in records]
     for path, whole in zip(paths, complete, strict=True):
         if not whole:

@@ -40,7 +40,7 @@ def _cell(row: dict[str, Any]) -> str:
 def _memory(point: dict[str, Any]) -> str:
     need = "out of memory" if point["peak_mib"] is None else f"{point['peak_mib'] / 1024:,.1f} GiB"
     host, problem = point.get("host_mib"), point.get("problem")
-    beside = f" and {host / 1024:,.1f} GiB of host memory" if host else ""
+    beside = f" and {host / 1024:,.1f} GiB of host memory a GPU" if host else ""
     failed = f" (measuring failed: {problem})" if problem else ""
     return f"{need} {_letter(point['memory_source'])}{beside}{failed}"
 
@@ -82,7 +82,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# GPUs that a context needs",
         "",
-        f"On {profile.name}, {usable:,.1f} of {whole:,.1f} GiB for tensors, of which predictions leave "
+        f"On {profile.label}, {usable:,.1f} of {whole:,.1f} GiB for tensors, of which predictions leave "
         f"{FRAGMENTS:.0%} between them. Every method: the same model, bf16, one sequence a step over all "
         "GPUs, blocks recomputed, logits in tiles, no data parallelism.",
         "",
@@ -108,8 +108,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 _TERMS = (
     *("zero_stage", "window", "stride", "num_skips", "schedule", "chunk_tokens", "max_gpus", "gpus_per_node"),
-    *("fabric_bytes_per_s", "fabric_latency_s", "adapters_per_node", "activation_offload", "mlp_tile_tokens"),
-    "measures",
+    *("node_bytes_per_s", "fabric_bytes_per_s", "fabric_latency_s", "adapters_per_node"),
+    *("activation_offload", "mlp_tile_tokens", "measures"),
 )
 
 
@@ -123,7 +123,8 @@ def _terms(t: dict[str, Any]) -> str:
         f"the MLP {'at once' if tile is None else f'in tiles of {tile:,}'}; "
         f"pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
         f"{t['schedule']} strides; streamed: chunks of {t['chunk_tokens']:,} tokens a GPU; GPUs: divisors of "
-        f"the context up to {t['max_gpus']:,}, {t['gpus_per_node']} a node, between nodes "
+        f"the context up to {t['max_gpus']:,}, {t['gpus_per_node']} a node at "
+        f"{t['node_bytes_per_s'] / 1e9:g} GB/s each (as two H200), between nodes "
         f"{t['adapters_per_node']} times {t['fabric_bytes_per_s'] / 1e9:g} GB/s and "
         f"{1e6 * t['fabric_latency_s']:g} µs."
     )
@@ -246,7 +247,8 @@ def draw(record: dict[str, Any], path: str | os.PathLike) -> None:
             ticks[nowhere] = "none"
         grid[0][0].set_yticks(list(ticks), list(ticks.values()))
         grid[0][0].set_ylim(0.8, nowhere * 1.3 if none_fits else nowhere)
-        grid[0][0].set_ylabel(f"fewest {rows[0]['gpu']} GPUs")
+        gpu = profile_from(record["settings"]["profile"]).label
+        grid[0][0].set_ylabel(f"fewest {gpu} GPUs")
         signs = [Line2D([], [], label=name, **look) for name, look in _signs(rows, colours, styles)]
         figure.legend(handles=signs, loc="outside right upper", fontsize=8, frameon=False)
         save(figure, path)
