@@ -446,7 +446,7 @@ def test_the_model_was_near_what_was_measured_later():
 
 
 def test_how_much_too_short_steps_of_few_tokens_are_predicted():
-    """One sequence of 4k to 32k tokens on an H100, nothing recomputed: what a graph's kernels cost at least."""
+    """One sequence of 4k to 32k tokens on an H100, nothing recomputed: a graph's kernels cost more."""
     errors = {4096: 0.24, 8192: 0.13, 16384: 0.06, 32768: 0.03}
     rows = [row for row in kept_records()["paper_h100"]["rows"] if row["what"] == "table"]
     for row in rows:

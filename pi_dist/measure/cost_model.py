@@ -20,10 +20,10 @@ def rows_received(window: int, stride: int, num_skips: int, start: int, length: 
     `max(k, Mπ)` for π <= m, clipped to the sequence; beyond, M runs of m rows, and what of the window's halo
     lies outside them.
     """
-    skips = [m * stride for m in range(1, num_skips + 1) if m * stride > window]
-    if stride <= length or not skips:
-        return min(start, max(window, *skips, 0))
+    if stride <= length or num_skips * stride <= window:
+        return min(start, max(window, num_skips * stride))
     halo, total = max(0, start - window), min(start, window)
+    skips = range(-(-(window + 1) // stride) * stride, min(num_skips * stride, start + length) + 1, stride)
     for offset in skips:
         first, last = max(0, start - offset), max(0, start - offset + length)
         total += last - first - max(0, min(last, start) - max(first, halo))
