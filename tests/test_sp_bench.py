@@ -260,6 +260,10 @@ def test_more_ranks_than_there_are_are_predicted(tmp_path):
         ended = subprocess.run([*command[:-1], gpu], env=ENVIRONMENT, capture_output=True, text=True)
         assert ended.returncode == status, ended.stderr
     assert "gpu: 'B9' in" in ended.stderr
+    none = [*command[:-1], "H200", "--methods", "dense", "--json", str(tmp_path / "none.json")]
+    ended = subprocess.run(none, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "ranks (4, 8) == 1 for dense" in ended.stderr
+    assert not (tmp_path / "none.json").exists()
     rows = {(row["method"], row["num_skips"], row["world_size"]): row for row in rows_of(path)}
     assert len(rows) == len(rows_of(path)) == 10 and not any(row["measured"] for row in rows.values())
     assert "num_kv_heads (12) % parallel.sp_degree (8)" in rows["ulysses", 0, 8]["note"]

@@ -31,7 +31,7 @@ from pi_dist.config import (
 )
 from pi_dist.measure.cost_model import exchanged_bytes
 from pi_dist.measure.profile import Network, Profile
-from pi_dist.measure.record import step_row
+from pi_dist.measure.record import PREDICTION, step_row
 from pi_dist.measure.step_model import memory, step_time
 from pi_dist.measure.steps import (
     PAPER,
@@ -268,10 +268,7 @@ def bench(
     until, ranks = time.monotonic() + 60 * minutes, world_size_from_launcher()
     wanted_setups = list(setups(presets, methods, ranks))
     if not wanted_setups:
-        raise UserError(
-            f"bench sp: ranks ({ranks}) == 1 for dense, > 1 for ring and ulysses, does not hold "
-            f"for methods ({', '.join(methods)})"
-        )
+        raise UserError(_no_setup(str(ranks), methods))
     if ranks > 1:
         end_with_parent()
     mesh = make_mesh(ranks, start(device, TIMEOUT_S), TIMEOUT_S)
@@ -313,13 +310,22 @@ def predict(
     _check_names(presets, methods)
     settings = {"precision": "bf16", "activation_checkpointing": True, "data": "none"}
     settings |= {"profile": profile.name, "network": asdict(network)}
-    record = Record(path, make_mesh(1, start("cpu", TIMEOUT_S)), settings, _line)
+    plain = {num_ranks: plain_setups(presets, methods, num_ranks) for num_ranks in ranks}
+    if not any(plain.values()):
+        raise UserError(_no_setup(", ".join(map(str, ranks)), methods))
+    record = Record(path, make_mesh(1, start("cpu", TIMEOUT_S)), settings, _line, PREDICTION)
     for num_ranks in ranks:
-        plain = plain_setups(presets, methods, num_ranks)
-        for setup, tokens in itertools.product(plain, sorted(contexts)):
+        for setup, tokens in itertools.product(plain[num_ranks], sorted(contexts)):
             if all(row["tokens"] != tokens for row in _rows_of(record, setup, num_ranks)):
                 record.add(_predicted_row(setup, tokens, num_ranks, profile, network))
     record.close(True)
+
+
+def _no_setup(ranks: str, methods: list[Method]) -> str:
+    return (
+        f"bench sp: ranks ({ranks}) == 1 for dense, > 1 for ring and ulysses, does not hold "
+        f"for methods ({', '.join(methods)})"
+    )
 
 
 def _predicted_row(

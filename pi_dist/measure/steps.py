@@ -144,9 +144,9 @@ class Record:
     """The record on rank 0; every rank knows its rows.
 
     Args:
-        settings: of the benchmark; those of a record that is gone on with are the same, and so is the source
-            of a step.
+        settings: of the benchmark; those of a record that is gone on with are the same.
         line: what is printed of a row.
+        source: files that rows depend on, by patterns: they are the same, too.
 
     Raises:
         UserError: on every rank, for a record of another device, of other versions or of other settings, such
@@ -154,11 +154,18 @@ class Record:
         OSError: on every rank, where there can be no such file.
     """
 
-    def __init__(self, path: str, mesh: Mesh, settings: Row, line: Callable[[Row], str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        mesh: Mesh,
+        settings: Row,
+        line: Callable[[Row], str],
+        source: tuple[str, ...] = STEP,
+    ) -> None:
         self.path, self.writes, self._line = path, mesh.rank == 0, line
 
         def begin() -> dict[str, Any]:
-            found = resume(path, settings | {"attempting": None}, STEP)
+            found = resume(path, settings | {"attempting": None}, source)
             for key, value in settings.items():
                 theirs = found["settings"].get(key)
                 if theirs != value:
