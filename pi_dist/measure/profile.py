@@ -89,7 +89,7 @@ class Profile:
             for a in self.attention
             if a.window >= min(window, widest) and a.num_skips >= min(num_skips, most)
         ]
-        best = min(enough, key=lambda a: a.forward_ns + a.backward_ns)
+        best = min(enough or self.attention[-1:], key=lambda a: a.forward_ns + a.backward_ns)
         times = max(1.0, window / widest if widest else 1.0, num_skips / most if most else 1.0)
         return AttentionCost(window, num_skips, times * best.forward_ns, times * best.backward_ns)
 
