@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_told_of(saved, capsys, monk
         assert stopped.value.code == status, err
         assert err.startswith(warning) and err.count("\n") == 1
     assert out == f"{saved}: step 1 of 2 is saved\n"
-    assert open_checkpoint(saved).step == 1  # as `pi-dist eval` opens it, on every rank
+    assert open_checkpoint(saved).step == 1  # as `pi-dist eval` opens it
     assert capsys.readouterr().err.startswith(warning)
     monkeypatch.setenv("RANK", "1")
     assert open_checkpoint(saved).step == 1

@@ -16,8 +16,8 @@ from pi_dist.model.loss import IGNORE
 from pi_dist.ops.pattern import total_reach
 from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import Mesh, make_mesh
-from pi_dist.parallel.process_group import start, world_size_from_launcher
-from pi_dist.training.checkpoint import load_model, open_checkpoint
+from pi_dist.parallel.process_group import of_rank_zero, start
+from pi_dist.training.checkpoint import CheckpointError, load_model, open_checkpoint
 from pi_dist.training.streaming import ON_DEVICE, Model, evaluated_loss
 
 
@@ -74,6 +74,8 @@ def evaluate_checkpoint(
     Args:
         path: a run directory or a checkpoint. context: tokens of a sequence; None: as trained.
 
+    Rank 0 finds the checkpoint for all: a run may save, and delete, others meanwhile.
+
     Returns:
         checkpoint, step, context, loss (nats a token), perplexity, reach (tokens).
 
@@ -83,13 +85,14 @@ def evaluate_checkpoint(
     if sp_degree < 1:
         raise ConfigError(f"sp-degree: sp_degree ({sp_degree}) >= 1 does not hold")
     index = ShardIndex.open(data)
-    checkpoint = open_checkpoint(path)
+    device = start(device_choice, ParallelConfig().timeout_s)
+    checkpoint = of_rank_zero(lambda: open_checkpoint(path), CheckpointError, OSError)
     trained = Config.from_dict(checkpoint.state["config"])
     context = trained.training.context if context is None else context
     chunk_tokens = trained.training.chunk_tokens
     if chunk_tokens is not None and chunk_tokens >= context:
         chunk_tokens = None
-    dp_degree = max(1, world_size_from_launcher() // sp_degree)
+    dp_degree = max(1, dist.get_world_size() // sp_degree)
     config = dataclasses.replace(
         trained,
         parallel=dataclasses.replace(trained.parallel, sp_degree=sp_degree, device=device_choice),
@@ -103,14 +106,13 @@ def evaluate_checkpoint(
             cuda_graphs=False,
         ),
     )
-    check(config, world_size_from_launcher())
+    check(config, dist.get_world_size())
     if sha256_of(index.tokenizer_path) != sha256_of(checkpoint.path / "tokenizer.json"):
         raise ConfigError(
             f"data: SHA-256 of {index.tokenizer_path} == that of the checkpoint's tokenizer.json does not "
             f"hold; prepare the text with --tokenizer {checkpoint.path / 'tokenizer.json'}"
         )
-    timeout_s = config.parallel.timeout_s
-    mesh = make_mesh(sp_degree, start(device_choice, timeout_s), timeout_s)
+    mesh = make_mesh(sp_degree, device, config.parallel.timeout_s)
     model, _ = load_model(checkpoint, mesh.device)
     loader = make_loader(index, config, mesh)
     loss = heldout_loss(model, mesh, loader, config.parallel, chunk_tokens)

@@ -1,0 +1,41 @@
+"""`pi-dist eval` on real ranks: one checkpoint for all, and results in words whatever the run was."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from distributed import Ranks
+from test_checkpoint import save_steps
+from test_trainer import config_for
+
+from pi_dist.config import resolve
+from pi_dist.data.shards import ShardIndex
+from pi_dist.training.checkpoint import CheckpointError, directory
+from pi_dist.training.evaluate import evaluate_checkpoint
+
+
+def saved_run(corpus, run_dir, steps, **options):
+    """The directory of a run of two ranks with checkpoints of these steps."""
+    config = config_for(corpus, run_dir, **options)
+    config = resolve(config, ShardIndex.open(corpus / "train").vocab_size)
+    with Ranks(2) as ranks:
+        ranks.run(save_steps, config, steps, 2)
+    return Path(run_dir)
+
+
+def evaluate(paths, data, sp=2):
+    """The result on this rank, which is given a path of its own; in words if there is none."""
+    try:
+        return evaluate_checkpoint(str(paths[dist.get_rank()]), str(data), None, sp, "cpu")
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_all_ranks_evaluate_the_checkpoint_that_rank_0_finds(corpus, tmp_path):
+    """As when the run saves step 2 between one rank's look and the other's."""
+    run_dir = saved_run(corpus, tmp_path / "run", [1, 2])
+    paths = [directory(run_dir) / f"step-{step:08d}" for step in (1, 2)]
+    with Ranks(2) as ranks:
+        results = ranks.run(evaluate, paths, corpus / "heldout")
+        missing = ranks.run(evaluate, [tmp_path, run_dir], corpus / "heldout")
+    assert [result["step"] for result in results] == [1, 1]
+    assert missing == [f"{tmp_path}: no checkpoint there, and no run with one"] * 2
