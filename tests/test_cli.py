@@ -238,6 +238,10 @@ def test_a_run_that_could_not_be_saved_is_refused(capsys, monkeypatch, corpus, t
         place = tmp_path / name.split("/")[0]
         line = refused(capsys, *check(tmp_path / name))
         assert line.endswith(f"run_dir: {tmp_path / name} cannot be written: {place} is not a directory")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.parent.mkdir()
+    checkpoints.symlink_to("gone")
+    assert f"{checkpoints} is not a directory" in refused(capsys, *check(tmp_path / "run"))
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     if os.geteuid() == 0:  # to whom all is permitted

@@ -453,6 +453,15 @@ def test_a_second_run_in_the_same_directory_is_refused(corpus, tmp_path):
     assert all(isinstance(o, ConfigError) and "another process is training" in str(o) for o in outcomes)
 
 
+def test_a_run_whose_checkpoints_cannot_be_written_is_refused_before_it_trains(corpus, tmp_path):
+    place = directory(tmp_path)
+    place.symlink_to("gone")
+    errors = train_on(2, config_for(corpus, tmp_path))
+    for error in errors:
+        assert isinstance(error, ConfigError)
+        assert str(error) == f"run_dir: {place} cannot be written: File exists"
+
+
 def run_with_a_lock_elsewhere(config):
     """(outcome, what rank 0 says) of a run whose lock another process, said to be on another host, has."""
     from pi_dist.training.metrics import Metrics

@@ -102,11 +102,12 @@ def check_run(config: Config, ranks: int) -> None:
     check(config, ranks)
     index, _ = open_splits(config.data)
     resolve(config, index.vocab_size)
-    _check_writable(config.run_dir)
+    for place in (config.run_dir, f"{config.run_dir}/checkpoints"):
+        _check_writable(place)
 
 
 def _check_writable(run_dir: str) -> None:
-    """Raise ConfigError unless the run's directory, or the nearest that there is above it, takes files."""
+    """Raise ConfigError unless a directory of the run, or the nearest that there is above it, takes files."""
     path = Path(run_dir).absolute()
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not nearest.is_dir():

@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,21 @@ class Checkpoint:
 def directory(run_dir: str | Path) -> Path:
     """Where a run's checkpoints lie."""
     return Path(run_dir) / "checkpoints"
+
+
+def check_writable(run_dir: str | Path) -> None:
+    """Make the place of a run's checkpoints, and write a file there that is deleted again.
+
+    Raises:
+        ConfigError: that cannot be done, so that the run would be lost at its first save.
+    """
+    place = directory(run_dir)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-") as probe:
+            probe.write(b"probe")
+    except OSError as failure:
+        raise ConfigError(f"run_dir: {place} cannot be written: {failure.strerror}") from failure
 
 
 def _self_hash(files: dict) -> str:

@@ -143,6 +143,7 @@ def _train(
     if config.training.activation_offload:
         check_offload(config, memory_of_ranks(mesh).host)
     lock = _lock(config, mesh)
+    of_rank_zero(lambda: checkpoints.check_writable(config.run_dir), ConfigError)
     found, refused = _find_checkpoint(config)
     notes = [f"refused {text}" for text in refused]
     if kept is not None:
