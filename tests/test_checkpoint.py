@@ -66,7 +66,7 @@ def state_of(config, step):
 def save_steps(config, steps, keep, file_limit=None):
     """Save checkpoints of these steps, from the second on with a limit on file size. Returns the errors."""
     engine = make_engine(config)
-    tokenizer = ShardIndex.open(config.data.train).tokenizer_path
+    tokenizer = ShardIndex.open(config.data.train).tokenizer
     errors = []
     for step in steps:
         try:
@@ -354,7 +354,7 @@ def save_copied_at_every_point(config, folder):
     Returns (where, what a kill at this point leaves) in order.
     """
     engine = make_engine(config)
-    tokenizer = ShardIndex.open(config.data.train).tokenizer_path
+    tokenizer = ShardIndex.open(config.data.train).tokenizer
     checkpoint.save(engine, config.run_dir, state_of(config, 1), tokenizer, 1)
     points = []
 
@@ -373,12 +373,12 @@ def save_copied_at_every_point(config, folder):
 
         setattr(owner, name, around)
 
-    checkpoint.shutil = SimpleNamespace(copyfile=shutil.copyfile, rmtree=shutil.rmtree)
+    checkpoint.shutil = SimpleNamespace(rmtree=shutil.rmtree)
     for name in ("save_file", "fsync", "_write_json"):
         watched(checkpoint, name)
-    for name in ("copyfile", "rmtree"):
-        watched(checkpoint.shutil, name)
-    watched(Path, "rename")
+    watched(checkpoint.shutil, "rmtree")
+    for name in ("write_bytes", "rename"):
+        watched(Path, name)
     checkpoint.save(engine, config.run_dir, state_of(config, 2), tokenizer, 1)
     return points
 
@@ -397,6 +397,37 @@ def test_whatever_a_kill_leaves_at_every_point_of_a_save_has_a_whole_checkpoint(
     files = ("model.safetensors", "optimizer-00000-of-00001.safetensors", "tokenizer.json", "state.json")
     synced = {f"{when} fsync of {name}" for when in ("before", "after") for name in (*files, "manifest.json")}
     assert synced | {"before rename of .step-00000002.building", "after rmtree of step-00000001"} <= calls
+
+
+def train_while_its_tokenizer_goes(config):
+    """A run in whose first step the data's tokenizer.json is another one, and in whose second there is none.
+
+    Returns the steps done.
+    """
+    from pi_dist.training import trainer
+
+    original, tokenizer = trainer._Run._step, Path(config.data.train) / "tokenizer.json"
+
+    def step(self, number, *others):
+        if number == 0:
+            tokenizer.write_text("{}")
+        else:
+            tokenizer.unlink()
+        return original(self, number, *others)
+
+    trainer._Run._step = step
+    return train(config)[1].step
+
+
+def test_checkpoints_have_the_tokenizer_of_the_data_that_were_opened(corpus, tmp_path):
+    data = shutil.copytree(corpus / "train", tmp_path / "train")
+    config = on_one_rank(config_for(corpus, tmp_path / "run", steps=2, save_every=1, eval_every=0))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(data), heldout=None))
+    with Ranks(1) as ranks:
+        assert ranks.run(train_while_its_tokenizer_goes, config) == [2]
+    expected = (corpus / "train" / "tokenizer.json").read_bytes()
+    saved = sorted(directory(config.run_dir).iterdir())
+    assert [(path / "tokenizer.json").read_bytes() for path in saved] == [expected, expected]
 
 
 def test_exported_weights_are_the_model(saved, config):

@@ -177,7 +177,7 @@ class ShardIndex:
 
     documents: int64 [documents, 3], columns shard, byte offset of the first token, tokens. fingerprint:
     SHA-256 over everything that the index holds, hashes of the shards included; equal on ranks that read the
-    same data. made_from: options and hash of the inputs.
+    same data. tokenizer: the verified bytes of tokenizer.json. made_from: options and hash of the inputs.
     """
 
     directory: Path
@@ -186,6 +186,7 @@ class ShardIndex:
     dtype: np.dtype
     documents: np.ndarray
     shards: tuple[Shard, ...]
+    tokenizer: bytes = field(repr=False)
     made_from: dict
     fingerprint: str
     verify_hashes: bool
@@ -212,8 +213,9 @@ class ShardIndex:
             raise ShardError(
                 f"{path}: format version {index['version']}; this program reads {FORMAT_VERSION}"
             )
-        for name in ("tokenizer.json", "documents.npy"):
-            if hashlib.sha256(_contents(directory / name)).hexdigest() != index[name]:
+        contents = {name: _contents(directory / name) for name in ("tokenizer.json", "documents.npy")}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != index[name]:
                 raise ShardError(f"{directory / name}: changed: its SHA-256 differs from the index")
         opened = cls(
             directory=directory,
@@ -222,6 +224,7 @@ class ShardIndex:
             dtype=_DTYPES[index["dtype"]],
             documents=np.load(directory / "documents.npy", mmap_mode="r", allow_pickle=False),
             shards=tuple(Shard(**shard) for shard in index["shards"]),
+            tokenizer=contents["tokenizer.json"],
             made_from=index["made_from"],
             fingerprint=index["checksum"],
             verify_hashes=verify_hashes,
@@ -304,7 +307,7 @@ def open_splits(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
     if config.heldout is None:
         return train, None
     heldout = ShardIndex.open(config.heldout, config.verify_hashes)
-    if sha256_of(train.tokenizer_path) != sha256_of(heldout.tokenizer_path):
+    if train.tokenizer != heldout.tokenizer:
         raise ShardError(
             f"{heldout.tokenizer_path}: SHA-256 == that of {train.tokenizer_path} does not hold; "
             "its tokens mean something else"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pi_dist.config import Config, ConfigError, ParallelConfig, accumulation_steps, check
 from pi_dist.data.loader import SequenceLoader
-from pi_dist.data.shards import ShardIndex, sha256_of
+from pi_dist.data.shards import ShardIndex
 from pi_dist.model.loss import IGNORE
 from pi_dist.ops.pattern import total_reach
 from pi_dist.parallel.kept_keys import Placement
@@ -107,7 +107,7 @@ def evaluate_checkpoint(
         ),
     )
     check(config, dist.get_world_size())
-    if sha256_of(index.tokenizer_path) != sha256_of(checkpoint.path / "tokenizer.json"):
+    if index.tokenizer != (checkpoint.path / "tokenizer.json").read_bytes():
         raise ConfigError(
             f"data: SHA-256 of {index.tokenizer_path} == that of the checkpoint's tokenizer.json does not "
             f"hold; prepare the text with --tokenizer {checkpoint.path / 'tokenizer.json'}"

@@ -463,7 +463,7 @@ class _Run:
                 self.engine,
                 self.config.run_dir,
                 state,
-                self.index.tokenizer_path,
+                self.index.tokenizer,
                 keep,
                 lambda writes: self.watch.at(counts["step"], "checkpoint" if writes else None),
             )
