@@ -1,7 +1,9 @@
 """`pi-dist eval` on real ranks: one checkpoint for all, and results in words whatever the run was."""
 
+import dataclasses
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 from distributed import Ranks
 from test_checkpoint import save_steps
@@ -13,9 +15,10 @@ from pi_dist.training.checkpoint import CheckpointError, directory
 from pi_dist.training.evaluate import evaluate_checkpoint
 
 
-def saved_run(corpus, run_dir, steps, **options):
+def saved_run(corpus, run_dir, steps, overlap="interior", **options):
     """The directory of a run of two ranks with checkpoints of these steps."""
     config = config_for(corpus, run_dir, **options)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, overlap=overlap))
     config = resolve(config, ShardIndex.open(corpus / "train").vocab_size)
     with Ranks(2) as ranks:
         ranks.run(save_steps, config, steps, 2)
@@ -39,3 +42,13 @@ def test_all_ranks_evaluate_the_checkpoint_that_rank_0_finds(corpus, tmp_path):
         missing = ranks.run(evaluate, [tmp_path, run_dir], corpus / "heldout")
     assert [result["step"] for result in results] == [1, 1]
     assert missing == [f"{tmp_path}: no checkpoint there, and no run with one"] * 2
+
+
+def test_a_model_trained_with_pipelined_overlap_is_evaluated_on_ranks_that_share_sequences(corpus, tmp_path):
+    run_dir = saved_run(corpus, tmp_path / "run", [1], "pipelined", micro_batch_size=2)
+    losses = []
+    for world_size in (1, 2):
+        with Ranks(world_size) as ranks:
+            results = ranks.run(evaluate, [run_dir] * world_size, corpus / "heldout", world_size)
+        losses.append(results[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -95,7 +95,12 @@ def evaluate_checkpoint(
     dp_degree = max(1, dist.get_world_size() // sp_degree)
     config = dataclasses.replace(
         trained,
-        parallel=dataclasses.replace(trained.parallel, sp_degree=sp_degree, device=device_choice),
+        parallel=dataclasses.replace(
+            trained.parallel,
+            sp_degree=sp_degree,
+            device=device_choice,
+            overlap="interior",  # pipelined needs several sequences at a time
+        ),
         training=dataclasses.replace(
             trained.training,
             context=context,
