@@ -1,6 +1,7 @@
 """`pi-dist eval` on real ranks: one checkpoint for all, and results in words whatever the run was."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,18 @@ def test_a_model_trained_with_pipelined_overlap_is_evaluated_on_ranks_that_share
             results = ranks.run(evaluate, [run_dir] * world_size, corpus / "heldout", world_size)
         losses.append(results[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def evaluate_diverged(run_dir, data):
+    """The result of a model whose loss is a thousand nats a token."""
+    from pi_dist.training import evaluate as module
+
+    module.heldout_loss = lambda *_: 1000.0
+    return evaluate([run_dir], data, 1)
+
+
+def test_the_perplexity_of_a_run_that_has_diverged_is_infinite(corpus, tmp_path):
+    run_dir = saved_run(corpus, tmp_path / "run", [1])
+    with Ranks(1) as ranks:
+        (result,) = ranks.run(evaluate_diverged, run_dir, corpus / "heldout")
+    assert result["loss"] == 1000.0 and result["perplexity"] == math.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -126,6 +125,6 @@ def evaluate_checkpoint(
         "step": checkpoint.step,
         "context": context,
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item(),  # inf beyond the largest number
         "reach": total_reach(model.patterns),
     }
