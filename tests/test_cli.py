@@ -258,6 +258,10 @@ def test_other_bad_input_is_one_line(capsys, tmp_path):
     assert "bad.jsonl" in refused(capsys, "prepare", tmp_path / "bad.jsonl", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "no checkpoint there" in refused(capsys, "generate", tmp_path, "--prompt", "x")
+    bytes_of_latin_1 = os.fsdecode(b"caf\xe9")
+    assert "prompt: not UTF-8 from character 3 on" in refused(
+        capsys, "generate", tmp_path, "--prompt", bytes_of_latin_1
+    )
     assert "no/such" in refused(capsys, "eval", tmp_path, "--data", "no/such")
     assert "window (-1) >= 0" in refused(capsys, "reach", "--window=-1")
     fast = ["--gpus=1", "--fabric-gbytes-per-s=.inf"]

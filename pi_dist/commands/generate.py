@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pi_dist.config import UserError
+
 
 def parser() -> ArgumentParser:
     p = ArgumentParser(description="Continue a text with a trained model.", exit_on_error=False)
@@ -23,6 +25,10 @@ def run(arguments: Namespace) -> int:
     from pi_dist.inference.generate import generate
     from pi_dist.training.checkpoint import load_model, open_checkpoint
 
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt: not UTF-8 from character {error.start} on") from error
     checkpoint = open_checkpoint(arguments.checkpoint)
     model, _ = load_model(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")

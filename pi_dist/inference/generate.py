@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -38,11 +39,12 @@ def generate(
     """
     if not prompt:
         raise UserError("prompt: len(prompt) (0) >= 1 does not hold; the model continues a text")
-    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
-        raise UserError(
-            f"temperature ({temperature}), top_k ({top_k}), max_new_tokens ({max_new_tokens}) >= 0 "
-            "does not hold"
-        )
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature: 0 <= temperature ({temperature}) < inf does not hold")
+    if top_k < 0 or max_new_tokens < 0:
+        raise UserError(f"top_k ({top_k}), max_new_tokens ({max_new_tokens}) >= 0 does not hold")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: 0 <= seed ({seed}) < 2^63 does not hold")
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     sight = total_reach(model.patterns) + 1
@@ -54,9 +56,11 @@ def generate(
         if temperature == 0:
             token = int(logits.argmax())
         else:
+            below = logits - logits.max()
+            scaled = torch.where(below < 0, below / temperature, 0.0)  # the likeliest stays 0 at any of them
             if 0 < top_k < vocab_size:
-                logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
-            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+                scaled[logits < logits.topk(top_k).values[-1]] = float("-inf")
+            token = int(torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator))
         if token == end_of_text:
             return
         tokens.append(token)
