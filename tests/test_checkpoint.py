@@ -135,6 +135,12 @@ def test_a_manifest_of_another_shape_is_refused_in_words(tmp_path, files):
         verify(tmp_path)
 
 
+def test_a_manifest_nested_too_deep_is_refused_and_the_previous_checkpoint_used(saved):
+    (directory(saved) / "step-00000002" / "manifest.json").write_text("[" * 100_000)
+    found, refused = find_newest(saved)
+    assert found.step == 1 and "step-00000002/manifest.json: missing or not a manifest" in refused[0]
+
+
 def test_a_damaged_checkpoint_that_is_passed_over_is_told_of(saved, capsys, monkeypatch):
     state = directory(saved) / "step-00000002" / "state.json"
     state.write_bytes(state.read_bytes()[:-1])

@@ -226,7 +226,7 @@ def verify(path: str | Path) -> Checkpoint:
         if content["sha256"] != _self_hash(files):
             raise CheckpointError(f"{manifest}: its SHA-256 is not the one it states")
         stated = {name: (entry["bytes"], entry["sha256"]) for name, entry in dict(files).items()}
-    except (OSError, ValueError, KeyError, TypeError) as failure:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as failure:
         if isinstance(failure, CheckpointError):
             raise
         raise CheckpointError(f"{manifest}: missing or not a manifest ({failure})") from failure
