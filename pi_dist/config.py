@@ -26,6 +26,8 @@ Overlap = Literal["none", "interior", "pipelined"]
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 LONGEST_TIMEOUT_S = 30 * 24 * 3600  # what is much longer overflows the clocks that wait for it
 
+LONGEST_CONTEXT = 2**31  # of which `pi-dist reach` still counts distances
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -420,6 +422,7 @@ def check(config: Config, world_size: int = 1) -> None:
         f"timeout_s ({p.timeout_s}) <= {LONGEST_TIMEOUT_S}",
         "30 days",
     )
+    _require(t.context <= LONGEST_CONTEXT, "training.context", f"context ({t.context}) <= 2^31")
     _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
     for key, whole_modules in (
         ("compile", t.compile),
