@@ -423,6 +423,12 @@ def check(config: Config, world_size: int = 1) -> None:
         "30 days",
     )
     _require(t.context <= LONGEST_CONTEXT, "training.context", f"context ({t.context}) <= 2^31")
+    _require(
+        t.context > 1 or d.packing != "join",
+        "training.context",
+        f"context ({t.context}) > 1 for data.packing 'join'",
+        "the last token of a sequence has no next one",
+    )
     _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
     for key, whole_modules in (
         ("compile", t.compile),

@@ -83,6 +83,12 @@ def changed(**parts):
             "num_kv_heads (3) % parallel.sp_degree (2) == 0 for 'ulysses'",
         ),
         ({"training": {"context": 4}}, 1, "training.context", "context (4) > model.window (4)"),
+        (
+            {"training": {"context": 1}, "model": {"window": 0}, "data": {"packing": "join"}},
+            1,
+            "training.context",
+            "context (1) > 1 for data.packing 'join'",
+        ),
         ({"training": {"context": 2**31 + 1}}, 1, "training.context", "context (2147483649) <= 2^31"),
         (
             {"training": {"compile": True}, "parallel": {"zero_stage": 3}},

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from distributed import Ranks
@@ -11,7 +12,7 @@ from test_checkpoint import save_steps
 from test_trainer import config_for
 
 from pi_dist.config import resolve
-from pi_dist.data.shards import ShardIndex
+from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter
 from pi_dist.training.checkpoint import CheckpointError, directory
 from pi_dist.training.evaluate import evaluate_checkpoint
 
@@ -30,7 +31,7 @@ def evaluate(paths, data, sp=2):
     """The result on this rank, which is given a path of its own; in words if there is none."""
     try:
         return evaluate_checkpoint(str(paths[dist.get_rank()]), str(data), None, sp, "cpu")
-    except CheckpointError as error:
+    except (CheckpointError, ShardError) as error:
         return str(error)
 
 
@@ -68,3 +69,19 @@ def test_the_perplexity_of_a_run_that_has_diverged_is_infinite(corpus, tmp_path)
     with Ranks(1) as ranks:
         (result,) = ranks.run(evaluate_diverged, run_dir, corpus / "heldout")
     assert result["loss"] == 1000.0 and result["perplexity"] == math.inf
+
+
+def test_data_without_a_token_to_predict_are_not_evaluated(corpus, tmp_path):
+    """Every document is its end-of-text token."""
+    run_dir = saved_run(corpus, tmp_path / "run", [1])
+    index = ShardIndex.open(corpus / "train")
+    sizes = {"vocab_size": index.vocab_size, "end_of_text": index.end_of_text, "shard_tokens": 100}
+    writer = ShardWriter(tmp_path / "empty", **sizes)
+    writer.add(np.empty(0, dtype=np.uint32), id="0", source="test")
+    writer.finish(index.tokenizer_path, {})
+    with Ranks(2) as ranks:
+        errors = ranks.run(evaluate, [run_dir] * 2, tmp_path / "empty")
+    words = (
+        f"{tmp_path / 'empty'}: tokens (1) > documents (1) does not hold; no token has a next one to predict"
+    )
+    assert errors == [words] * 2

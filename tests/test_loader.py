@@ -382,6 +382,14 @@ def joined_text(index: ShardIndex) -> torch.Tensor:
     return torch.cat([torch.from_numpy(index.read(d, 0, n).astype(np.int32)) for d, n in enumerate(counts)])
 
 
+@pytest.mark.parametrize("packing", ["pack", "split"])
+@pytest.mark.parametrize("context", [1, 24, 1000])
+def test_every_token_has_a_label_but_the_last_of_each_document(index, packing, context) -> None:
+    """So that `check_labels` need not read any."""
+    labels = sum((b.labels >= 0).sum() for b in make(index, packing=packing, context=context).evaluate())
+    assert labels == index.num_tokens - index.num_documents
+
+
 @pytest.mark.parametrize("context", [8, 64, 1000])
 def test_joined_documents_are_one_that_begins_again(index: ShardIndex, context: int) -> None:
     text = joined_text(index)

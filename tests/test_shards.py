@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter, unigram_entropy
+from pi_dist.config import DataConfig
+from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter, open_splits, unigram_entropy
 
 COUNTS = [5, 1, 300, 2, 77, 140, 30]
 
@@ -187,3 +188,21 @@ def test_hostile_pickle_is_not_executed(tmp_path: Path, name: str, verify_hashes
         with pytest.raises(ShardError, match=name):
             read_all(tmp_path / "data", verify_hashes)
     assert not trap.exists()
+
+
+def test_data_without_a_token_to_predict_are_refused_unless_joined(tmp_path: Path) -> None:
+    """Their loss would be that of nothing: 0, or a perplexity of 1."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name, lengths in (("empty", [0, 0, 0]), ("some", [0, 1, 0])):
+        writer = ShardWriter(tmp_path / name, vocab_size=300, end_of_text=0, shard_tokens=100)
+        for number, length in enumerate(lengths):
+            writer.add(np.ones(length, dtype=np.uint32), id=str(number), source="test")
+        writer.finish(tmp_path / "tokenizer.json", {})
+    empty, some = str(tmp_path / "empty"), str(tmp_path / "some")
+    for splits in ({"train": empty}, {"train": some, "heldout": empty}):
+        with pytest.raises(
+            ShardError, match=r"empty: tokens \(3\) > documents \(3\) does not hold; no token"
+        ):
+            open_splits(DataConfig(**splits))
+        open_splits(DataConfig(**splits, packing="join"))
+    open_splits(DataConfig(train=some, heldout=some))

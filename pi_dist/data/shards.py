@@ -294,6 +294,18 @@ class ShardIndex:
             self._checked[number] = state
 
 
+def check_labels(index: ShardIndex, packing: str) -> None:
+    """Raise ShardError if no document has a token with a next one, so that a loss would be of nothing.
+
+    Joined, documents follow on each other, and every token but the last of a sequence has a next one.
+    """
+    if packing != "join" and index.num_tokens <= index.num_documents:
+        raise ShardError(
+            f"{index.directory}: tokens ({index.num_tokens}) > documents ({index.num_documents}) does not "
+            "hold; no token has a next one to predict"
+        )
+
+
 def _contents(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -302,11 +314,17 @@ def _contents(path: Path) -> bytes:
 
 
 def open_splits(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The training and the held-out data of a run. Raises ShardError, also if their tokenizers differ."""
+    """The training and the held-out data of a run.
+
+    Raises:
+        ShardError: they are damaged, their tokenizers differ, or no token of one has a next one.
+    """
     train = ShardIndex.open(config.train, config.verify_hashes)
+    check_labels(train, config.packing)
     if config.heldout is None:
         return train, None
     heldout = ShardIndex.open(config.heldout, config.verify_hashes)
+    check_labels(heldout, config.packing)
     if train.tokenizer != heldout.tokenizer:
         raise ShardError(
             f"{heldout.tokenizer_path}: SHA-256 == that of {train.tokenizer_path} does not hold; "

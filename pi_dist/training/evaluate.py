@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pi_dist.config import Config, ConfigError, ParallelConfig, accumulation_steps, check
 from pi_dist.data.loader import SequenceLoader
-from pi_dist.data.shards import ShardIndex
+from pi_dist.data.shards import ShardIndex, check_labels
 from pi_dist.model.loss import IGNORE
 from pi_dist.ops.pattern import total_reach
 from pi_dist.parallel.kept_keys import Placement
@@ -62,7 +62,7 @@ def heldout_loss(
         total[1] += mesh.put((batch.labels != IGNORE).sum())
     model.train()
     dist.all_reduce(total)
-    return (total[0] / total[1].clamp(min=1)).item()
+    return (total[0] / total[1]).item()
 
 
 def evaluate_checkpoint(
@@ -87,6 +87,7 @@ def evaluate_checkpoint(
     device = start(device_choice, ParallelConfig().timeout_s)
     checkpoint = of_rank_zero(lambda: open_checkpoint(path), CheckpointError, OSError)
     trained = Config.from_dict(checkpoint.state["config"])
+    check_labels(index, trained.data.packing)
     context = trained.training.context if context is None else context
     chunk_tokens = trained.training.chunk_tokens
     if chunk_tokens is not None and chunk_tokens >= context:
