@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from pi_dist.config import ModelConfig, UserError
 from pi_dist.inference.generate import generate
@@ -47,3 +48,15 @@ def test_options_out_of_range_are_refused_in_words(options, equation):
     with pytest.raises(UserError) as error:
         tokens_of(model_of(), [1], 1, **options)
     assert f"{equation} does not hold" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["window", "pi", ["dense", "window"], ["window", "ring"], "ulysses"])
+def test_tokens_are_those_of_passes_over_the_whole_text(method):
+    """Which is longer than the training context and any reach."""
+    model = model_of(method=method, window=2, stride=3)
+    tokens = torch.randint(VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = tokens_of(model, tokens, 12, temperature=0)
+    with torch.no_grad():
+        for _ in range(12):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert found == tokens[-12:]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pi_dist.config import UserError
+from pi_dist.config import EXACT_METHODS, UserError
 from pi_dist.model.attention import SequenceContext
 from pi_dist.model.transformer import PiTransformer
 from pi_dist.ops.pattern import total_reach
@@ -28,7 +28,7 @@ def generate(
     """Yield up to `max_new_tokens` token ids that follow `prompt`; stops at `end_of_text`.
 
     Each pass runs over the last reach + 1 tokens at their own positions, which is exact: no earlier token can
-    influence the next one.
+    influence the next one. With a layer of an exact method, which looks back to the first, over all tokens.
 
     Args:
         vocab_size: ids from here on are padding of the vocabulary and never drawn.
@@ -47,7 +47,8 @@ def generate(
         raise UserError(f"seed: 0 <= seed ({seed}) < 2^63 does not hold")
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    sight = total_reach(model.patterns) + 1
+    exact = not set(EXACT_METHODS).isdisjoint(model.config.methods)
+    sight = len(prompt) + max_new_tokens if exact else total_reach(model.patterns) + 1
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         start = max(0, len(tokens) - sight)
