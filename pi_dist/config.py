@@ -26,6 +26,7 @@ Overlap = Literal["none", "interior", "pipelined"]
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 LONGEST_TIMEOUT_S = 30 * 24 * 3600  # what is much longer overflows the clocks that wait for it
 
+MOST = {"num_layers": 1024, "num_heads": 4096, "num_strides": 1024, "num_skips": 2**20}  # all are listed
 LONGEST_CONTEXT = 2**31  # of which `pi-dist reach` still counts distances
 
 
@@ -284,6 +285,9 @@ def check_model(model: ModelConfig) -> None:
         _require(getattr(m, key) >= 1, f"model.{key}", f"{key} ({getattr(m, key)}) >= 1")
     for key in ("window", "num_skips"):
         _require(getattr(m, key) >= 0, f"model.{key}", f"{key} ({getattr(m, key)}) >= 0")
+    for key, most in MOST.items():
+        value = getattr(m, key)
+        _require(value is None or value <= most, f"model.{key}", f"{key} ({value}) <= {most}")
     _require(
         m.hidden_size % m.num_heads == 0,
         "model.num_heads",

@@ -264,6 +264,13 @@ def test_other_bad_input_is_one_line(capsys, tmp_path):
     )
     assert "no/such" in refused(capsys, "eval", tmp_path, "--data", "no/such")
     assert "window (-1) >= 0" in refused(capsys, "reach", "--window=-1")
+    for command, flag, most in (
+        (["reach"], "num-skips", 2**20),
+        (["reach", "--schedule=per_head"], "heads", 4096),
+        (["reach", "--schedule=doubling"], "num-strides", 1024),
+        (["plan", "--gpus=8"], "model.num_layers", 1024),
+    ):
+        assert f"(1000000000) <= {most} does not hold" in refused(capsys, *command, f"--{flag}=1000000000")
     fast = ["--gpus=1", "--fabric-gbytes-per-s=.inf"]
     assert "fabric_bytes_per_s: fabric_bytes_per_s (inf) < inf does not hold" in refused(
         capsys, "plan", *fast
