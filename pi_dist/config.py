@@ -27,7 +27,7 @@ OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 LONGEST_TIMEOUT_S = 30 * 24 * 3600  # what is much longer overflows the clocks that wait for it
 
 MOST = {"num_layers": 1024, "num_heads": 4096, "num_strides": 1024, "num_skips": 2**20}  # all are listed
-LONGEST_CONTEXT = 2**31  # of which `pi-dist reach` still counts distances
+LONGEST_CONTEXT = 2**31  # whose distances are counted: 256 MB of bits
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,11 @@ import dataclasses
 import itertools
 from dataclasses import dataclass, field
 
-from pi_dist.config import ConfigError, ModelConfig
+from pi_dist.config import LONGEST_CONTEXT, ConfigError, ModelConfig
 from pi_dist.ops.pattern import PiPattern, default_num_strides, layer_patterns, total_reach
 
 MAX_LAYERS = 1024
 """Depth at which `fewest_layers_covering` gives up."""
-
-LONGEST = 2**31
-"""Context of which distances are counted: 256 MB of bits."""
 
 _GRID_ROWS = 8
 _GRID_SPAN = 16
@@ -110,7 +107,7 @@ def report(model: ModelConfig, context: int) -> ReachReport:
         ValueError: the context is empty, or (ConfigError) too long, or the model's strides do not fit its
             layers.
     """
-    if context > LONGEST:
+    if context > LONGEST_CONTEXT:
         raise ConfigError(f"context: context ({context}) <= 2^31 does not hold")
     patterns = layer_patterns(model, context)
     reached = reachable(patterns, context)

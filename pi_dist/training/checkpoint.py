@@ -109,13 +109,13 @@ def save(
     engine: Engine,
     run_dir: str | Path,
     state: dict,
-    tokenizer: bytes | Path,
+    tokenizer: bytes,
     keep: int,
     tell: Callable[[bool], None] = lambda _: None,
 ) -> Path:
     """Write the checkpoint of `state["step"]` and delete all but the newest `keep`; collective.
 
-    `tokenizer` is what `tokenizer.json` will hold, or a file with that.
+    `tokenizer` is what `tokenizer.json` will hold.
     `tell` is called with True where this rank begins to write, and with False where it waits for others.
 
     Returns the new checkpoint's path.
@@ -154,8 +154,7 @@ def save(
             fsync(building / filename)
             entries[filename] = _entry(building / filename)
         if rank == 0 and error is None:
-            content = tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes()
-            (building / "tokenizer.json").write_bytes(content)
+            (building / "tokenizer.json").write_bytes(tokenizer)
             fsync(building / "tokenizer.json")
             _write_json(building / "state.json", {"format": FORMAT, **state})
             entries |= {name: _entry(building / name) for name in ("tokenizer.json", "state.json")}
