@@ -1,5 +1,6 @@
 """`prepare`: what goes in comes out, bad input is refused by name, and the output is whole or absent."""
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import webdataset
 
 from pi_dist.data.prepare import PrepareError, prepare
 from pi_dist.data.shards import ShardIndex
+from pi_dist.data.sources import list_inputs
 from pi_dist.data.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = [
@@ -106,6 +108,38 @@ def test_every_kind_of_input_comes_back(tmp_path: Path) -> None:
     assert summary.train.documents == 24 and summary.train.tokens == index.token_counts.sum()
     assert summary.train.longest_document == index.token_counts.max()
     assert leftovers(tmp_path / "out", "train")
+
+
+def test_linked_directories_are_read_once_and_each_file_by_its_own_name(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    write_texts(source / "z", 1)
+    write_texts(tmp_path / "elsewhere" / "deep", 2)
+    (tmp_path / "elsewhere" / "up").symlink_to(source)  # a loop
+    (source / "a").symlink_to("z")  # in the tree already
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "z" / "self").symlink_to(".")
+    names = [file.name for file in list_inputs([str(source)])]
+    assert names == ["linked/deep/0000.txt", "linked/deep/0001.txt", "z/0000.txt"]
+
+
+def test_directory_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch) -> None:
+    write_texts(tmp_path / "in" / "open", 1)
+    locked = tmp_path / "in" / "locked"
+    locked.mkdir()
+    scandir = os.scandir
+
+    def scan(path):
+        if Path(path) == locked:  # root may read it whatever its mode
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(PrepareError, match=r"in/locked: directory cannot be read: Permission denied"):
+        list_inputs([str(tmp_path / "in")])
+    locked.rmdir()
+    locked.symlink_to("unmounted")
+    with pytest.raises(PrepareError, match=r"in/locked: links to what is not there"):
+        list_inputs([str(tmp_path / "in")])
 
 
 def test_split_is_every_nth_and_tokenizer_sees_only_training_text(tmp_path: Path) -> None:

@@ -47,14 +47,14 @@ class Document:
 def list_inputs(inputs: list[str]) -> list[InputFile]:
     """All files of `inputs`, directories searched recursively, sorted by path, each file once.
 
-    Raises PrepareError for a missing path, a file of another kind, or if nothing is left.
+    Raises PrepareError for a missing path, a file of another kind, a directory that cannot be read, or if
+    nothing is left.
     """
     files: dict[str, InputFile] = {}
     for entry in inputs:
         root = Path(entry)
         if root.is_dir():
-            found = [Path(parent, name) for parent, _, names in os.walk(root) for name in names]
-            found = [path for path in found if path.suffix.lower() in SUFFIXES]
+            found = [path for path in _files_below(root) if path.suffix.lower() in SUFFIXES]
         elif root.is_file():
             if root.suffix.lower() not in SUFFIXES:
                 raise PrepareError(
@@ -68,6 +68,33 @@ def list_inputs(inputs: list[str]) -> list[InputFile]:
     if not files:
         raise PrepareError(f"{', '.join(inputs) or 'inputs'}: no {', '.join(SUFFIXES)} file found")
     return sorted(files.values(), key=lambda file: (file.name, str(file.path)))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files of a directory and of all below it, also those that are linked to, each directory once.
+
+    Links to directories are followed last, so that a file which also lies in the tree keeps its name there.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise PrepareError(f"{error.filename}: directory cannot be read: {error.strerror}") from error
+
+    seen = set()
+    starts = [root]
+    for start in starts:
+        for parent, directories, names in os.walk(start, onerror=refuse):
+            place = os.path.realpath(parent)
+            if place in seen:
+                directories.clear()
+                continue
+            seen.add(place)
+            directories.sort()
+            paths = [Path(parent, name) for name in directories]
+            starts += [path for path in paths if path.is_symlink()]
+            for path in (Path(parent, name) for name in sorted(names)):
+                if not path.exists():
+                    raise PrepareError(f"{path}: links to what is not there, or in a circle")
+                yield path
 
 
 def read_documents(file: InputFile, text_field: str = "text") -> Iterator[Document]:
