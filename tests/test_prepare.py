@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -140,6 +141,25 @@ def test_directory_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch) -
     locked.symlink_to("unmounted")
     with pytest.raises(PrepareError, match=r"in/locked: links to what is not there"):
         list_inputs([str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_not_a_regular_file_is_refused(tmp_path: Path, monkeypatch, kind: str) -> None:
+    """By name and at once; reading a pipe would wait for ever."""
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    write_texts(tmp_path / "in", 2)
+    path = Path("in", "odd.txt")
+    if kind == "pipe":
+        os.mkfifo("pipe")
+        path.symlink_to("../pipe")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to(os.devnull)
+    for given in ("in", "in/odd.txt"):
+        with pytest.raises(PrepareError, match=r"^in/odd\.txt: is not a regular file$"):
+            list_inputs([given])
 
 
 def test_split_is_every_nth_and_tokenizer_sees_only_training_text(tmp_path: Path) -> None:

@@ -47,15 +47,15 @@ class Document:
 def list_inputs(inputs: list[str]) -> list[InputFile]:
     """All files of `inputs`, directories searched recursively, sorted by path, each file once.
 
-    Raises PrepareError for a missing path, a file of another kind, a directory that cannot be read, or if
-    nothing is left.
+    Raises PrepareError for a missing path, a file of another kind or that is not regular (a pipe would block,
+    and can be read only once), a directory that cannot be read, or if nothing is left.
     """
     files: dict[str, InputFile] = {}
     for entry in inputs:
         root = Path(entry)
         if root.is_dir():
             found = [path for path in _files_below(root) if path.suffix.lower() in SUFFIXES]
-        elif root.is_file():
+        elif root.exists():
             if root.suffix.lower() not in SUFFIXES:
                 raise PrepareError(
                     f"{entry}: only {', '.join(SUFFIXES)} files and directories of them are read"
@@ -64,6 +64,8 @@ def list_inputs(inputs: list[str]) -> list[InputFile]:
         else:
             raise PrepareError(f"{entry}: no such file or directory")
         for path in found:
+            if not path.is_file():
+                raise PrepareError(f"{path}: is not a regular file")
             files.setdefault(os.path.realpath(path), InputFile(path, path.relative_to(root).as_posix()))
     if not files:
         raise PrepareError(f"{', '.join(inputs) or 'inputs'}: no {', '.join(SUFFIXES)} file found")
