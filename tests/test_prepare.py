@@ -1,6 +1,7 @@
 """`prepare`: what goes in comes out, bad input is refused by name, and the output is whole or absent."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -21,6 +22,8 @@ from pi_dist.data.prepare import PrepareError, prepare
 from pi_dist.data.shards import ShardIndex
 from pi_dist.data.sources import list_inputs
 from pi_dist.data.tokenizer import load_tokenizer, train_tokenizer
+
+REPOSITORY = str(Path(__file__).parents[1])
 
 WORDS = [
     "the",
@@ -408,3 +411,62 @@ def test_killed_half_way_leaves_no_output(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
     assert ShardIndex.open(tmp_path / "out" / "train").num_documents == 1500
+
+
+SIGNALLED = """
+import os, signal
+from pi_dist.cli import main
+from pi_dist.data import prepare
+read, done = prepare.read_documents, []
+
+def stopped(*arguments):
+    done.append(arguments)
+    if len(done) == {file}:
+        os.kill(os.getpid(), signal.{name})
+    return read(*arguments)
+
+prepare.read_documents = stopped
+main(["prepare", "in", "--output=out", "--vocab-size=300"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "status"),
+    [("SIGTERM", 3, 143), ("SIGHUP", 7, 129), ("SIGKILL", 7, -9)],  # 1 to 5: training; 6 to 10: writing
+)
+def test_signal_leaves_nothing_or_what_the_next_run_removes(
+    tmp_path: Path, monkeypatch, capsys, name: str, file: int, status: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "in", 5)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in [REPOSITORY, *sys.path] if p)}
+    done = subprocess.run([sys.executable, "-c", SIGNALLED.format(name=name, file=file)], env=environment)
+    assert done.returncode == status
+    left = list(tmp_path.glob(".out.preparing-*"))
+    assert len(left) == (name == "SIGKILL")
+    prepare(["in"], "out", vocab_size=300)
+    expected = "".join(f"warning: {path}: removed, left by a prepare that was killed\n" for path in left)
+    assert capsys.readouterr().err == expected
+    assert leftovers(tmp_path, "in", "out") and leftovers(tmp_path / "out", "train")
+
+
+def test_only_folders_of_dead_processes_of_this_host_are_removed(tmp_path: Path, capsys) -> None:
+    """Another host's lock may not be seen here; a folder without one may be in the making."""
+    write_texts(tmp_path / "in", 3)
+    hosts = {"dead": socket.gethostname(), "live": socket.gethostname(), "far": "elsewhere", "bare": None}
+    folders = {name: tmp_path / f".out.preparing-{n:08x}" for n, name in enumerate(hosts)}
+    folders["foreign"] = tmp_path / ".out.preparing-notes"
+    for name, folder in folders.items():
+        folder.mkdir()
+        if host := hosts.get(name):
+            (folder / "lock").write_text(host)
+    with open(folders["live"] / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        prepare([str(tmp_path / "in")], str(tmp_path / "out"), vocab_size=300)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[0] for line in lines] == [
+        f"warning: {folders['dead']}: removed",
+        f"warning: {folders['far']}: left by a prepare that was killed",
+        f"warning: {folders['bare']}: left by a prepare that was killed",
+    ]
+    assert [name for name, folder in folders.items() if folder.exists()] == ["live", "far", "bare", "foreign"]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
+import socket
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,6 +24,7 @@ from pi_dist.data.sources import Document, InputFile, PrepareError, list_inputs,
 from pi_dist.data.tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
 
 _HELDOUT_OFFSET = 5
+_LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,10 @@ def prepare(
     document.
 
     The output appears by one rename when it is complete. If it is there already and complete, from the same
-    inputs and options, nothing is done. Raises PrepareError (one line, the file named) for input that is
-    refused, for options that cannot work, and for an output that holds anything else.
+    inputs and options, nothing is done. Where SIGTERM and SIGHUP have their default handlers, they end the
+    process with status 128 + signal, after what was half made is removed. Raises PrepareError (one line, the
+    file named) for input that is refused, for options that cannot work, and for an output that holds anything
+    else.
     """
     for name, value, least in (("heldout_every", heldout_every, 0), ("shard_tokens", shard_tokens, 1)):
         if value < least:
@@ -88,25 +98,89 @@ def prepare(
     inside = [entry for entry in inputs if target.resolve().is_relative_to(Path(entry).resolve())]
     if inside:
         raise PrepareError(f"{output}: lies inside the input {inside[0]}, which would then be read as input")
+    _remove_leftovers(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         return _reuse(target, made_from)
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.absolute().with_name(f".{target.absolute().name}.preparing-{uuid.uuid4().hex[:8]}")
-    building.mkdir()
-    try:
+    with _exit_at_signals(), _building_folder(target) as building:
         empty = _build(files, building, made_from, tokenizer)
         changed = [
             file for file, (_, sha256) in zip(files, hashes, strict=True) if sha256_of(file.path) != sha256
         ]
         if changed:
             raise PrepareError(f"{changed[0].path}: changed while it was read")
+        (building / _LOCK).unlink(missing_ok=True)
         fsync(building)
         building.rename(target)
         fsync(target.absolute().parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return _summary(target, empty, reused=False)
+
+
+@contextlib.contextmanager
+def _exit_at_signals() -> Iterator[None]:
+    """Within, the first SIGTERM or SIGHUP raises SystemExit (128 + signal), so that files are cleaned up.
+
+    A handler that is not the default stays, and threads other than the main one cannot have any.
+    """
+    taken = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL
+    ]
+    if threading.current_thread() is not threading.main_thread():
+        taken = []
+
+    def leave(received: int, frame) -> None:
+        for number in taken:  # another one must not disturb the cleaning
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + received)
+
+    try:
+        for number in taken:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _building_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, removed if what is done within fails.
+
+    While this process lives it locks the folder's file `lock`, which holds the name of its host.
+    """
+    building = target.absolute().with_name(f".{target.absolute().name}.preparing-{uuid.uuid4().hex[:8]}")
+    with ExitStack() as stack:
+        try:
+            building.mkdir()
+            file = stack.enter_context(open(building / f"{_LOCK}.new", "w"))
+            file.write(socket.gethostname())
+            file.flush()
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(file.name, building / _LOCK)  # so that whoever finds it finds it locked
+            (building / f"{_LOCK}.new").unlink(missing_ok=True)
+            yield building
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove folders that earlier, killed processes of this host built `target` in; name those of others."""
+    target = target.absolute()
+    pattern = re.compile(re.escape(f".{target.name}.preparing-") + "[0-9a-f]{8}")
+    names = os.listdir(target.parent) if target.parent.is_dir() else []
+    for folder in (target.with_name(name) for name in sorted(names) if pattern.fullmatch(name)):
+        said = "left by a prepare that was killed, unless one is at work there; remove it if none is"
+        with contextlib.suppress(OSError), open(folder / _LOCK, "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # its owner lives
+                continue
+            if file.read() == socket.gethostname():
+                shutil.rmtree(folder)
+                said = "removed, left by a prepare that was killed"
+        print(f"warning: {folder}: {said}", file=sys.stderr)
 
 
 def _build(files: list[InputFile], building: Path, made_from: dict, tokenizer_path: str | None) -> int:
