@@ -19,7 +19,7 @@ import pytest
 import webdataset
 
 from pi_dist.data.prepare import PrepareError, prepare
-from pi_dist.data.shards import ShardIndex
+from pi_dist.data.shards import ShardError, ShardIndex
 from pi_dist.data.sources import list_inputs
 from pi_dist.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -221,6 +221,48 @@ def test_foreign_output_is_refused_and_an_empty_one_used(tmp_path: Path) -> None
     assert leftovers(other, "thesis.doc")
 
 
+def test_output_may_be_a_link(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "in", 3)
+    (tmp_path / "disk").mkdir()
+    for name, place in (("empty", "disk/empty"), ("dangling", "disk/new/dangling")):
+        Path(name).symlink_to(place)
+    Path("disk/empty").mkdir()
+    for name in ("empty", "dangling"):
+        assert not prepare(["in"], name, vocab_size=300).reused
+        assert prepare(["in"], name, vocab_size=300).reused
+        assert Path(name).is_symlink() and len(documents(Path(name, "train"))) == 3
+    assert leftovers(tmp_path, "in", "disk", "empty", "dangling")
+    assert leftovers(tmp_path / "disk", "empty", "new") and leftovers(tmp_path / "disk" / "new", "dangling")
+
+
+def test_output_that_cannot_be_put_there_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    write_texts(tmp_path / "in", 3)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
+    monkeypatch.chdir(tmp_path / "here")
+    is_mount = Path.is_mount
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted" or is_mount(path))
+    monkeypatch.setattr("pi_dist.data.prepare.list_inputs", None)
+    for output, message in {
+        ".": r"^\.: is the current directory, which a rename cannot replace",
+        str(tmp_path / "here"): r"here: is the current directory, which a rename cannot replace",
+        "../mounted": r"^\.\./mounted: is a mount point, which a rename cannot replace",
+        "../circle": r"^\.\./circle: is a link in a circle",
+    }.items():
+        with pytest.raises(PrepareError, match=message):
+            prepare(["../in"], output, vocab_size=300)
+    monkeypatch.undo()
+    out = tmp_path / ("x" * 250)  # the folder that it is built in has a longer name
+    with pytest.raises(ShardError, match=r"x: cannot be written: File name too long"):
+        prepare([str(tmp_path / "in")], str(out), vocab_size=300)
+    monkeypatch.chdir(tmp_path / "here")
+    prepare(["../in"], "../out", vocab_size=300)
+    monkeypatch.chdir(tmp_path / "out")
+    assert prepare(["../in"], ".", vocab_size=300).reused
+
+
 BAD_FILES = {
     "latin.txt": (b"caf\xe9", r"latin\.txt: not UTF-8: .* at byte 3"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl: line 2: bad JSON"),
@@ -344,6 +386,7 @@ def test_name_that_webdataset_would_run_is_only_a_name(tmp_path: Path, monkeypat
         (dict(heldout_every=12), r"heldout: no document is left for it; .*: 3, heldout_every: 12"),
         (dict(shard_tokens=0), r"shard_tokens \(0\) >= 1"),
         (dict(vocab_size=99), r"vocab_size \(99\) >= 257"),
+        (dict(end_of_text="</s>"), r"end_of_text \('</s>'\) == '<\|endoftext\|>' does not hold"),
         (dict(tokenizer="absent.json"), r"absent\.json: no such file"),
         (dict(inputs=["absent"]), r"absent: no such file or directory"),
         (dict(inputs=["empty"]), r"empty: no .* file found"),

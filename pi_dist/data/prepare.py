@@ -81,6 +81,15 @@ def prepare(
         raise PrepareError(
             "heldout_every: heldout_every (1) != 1 does not hold; nothing would be left to train on"
         )
+    if tokenizer is None and end_of_text != END_OF_TEXT:
+        raise PrepareError(
+            f"end_of_text: end_of_text ({end_of_text!r}) == {END_OF_TEXT!r} does not hold; a newly"
+            " trained tokenizer has no other; name one that has as tokenizer"
+        )
+    target, place = Path(output), _place(output)
+    inside = [entry for entry in inputs if place.is_relative_to(Path(entry).resolve())]
+    if inside:
+        raise PrepareError(f"{output}: lies inside the input {inside[0]}, which would then be read as input")
     files = list_inputs(inputs)
     options = {
         "tokenizer": tokenizer and sha256_of(_existing(tokenizer)),
@@ -94,15 +103,11 @@ def prepare(
     digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     made_from = {"options": options, "inputs": len(files), "inputs_sha256": digest}
 
-    target = Path(output)
-    inside = [entry for entry in inputs if target.resolve().is_relative_to(Path(entry).resolve())]
-    if inside:
-        raise PrepareError(f"{output}: lies inside the input {inside[0]}, which would then be read as input")
-    _remove_leftovers(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    _remove_leftovers(place)
+    if place.exists() and not _is_empty(place):
         return _reuse(target, made_from)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _exit_at_signals(), _building_folder(target) as building:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _exit_at_signals(), _building_folder(place) as building:
         empty = _build(files, building, made_from, tokenizer)
         changed = [
             file for file, (_, sha256) in zip(files, hashes, strict=True) if sha256_of(file.path) != sha256
@@ -111,9 +116,26 @@ def prepare(
             raise PrepareError(f"{changed[0].path}: changed while it was read")
         (building / _LOCK).unlink(missing_ok=True)
         fsync(building)
-        building.rename(target)
-        fsync(target.absolute().parent)
+        with writing(place):
+            building.rename(place)
+        fsync(place.parent)
     return _summary(target, empty, reused=False)
+
+
+def _is_empty(place: Path) -> bool:
+    """Whether it is a directory without entries."""
+    return place.is_dir() and not any(place.iterdir())
+
+
+def _place(output: str) -> Path:
+    """Where an output really lies, links followed; PrepareError where a rename cannot put it."""
+    place = Path(os.path.realpath(output))
+    if place.is_symlink():
+        raise PrepareError(f"{output}: is a link in a circle")
+    if _is_empty(place) and (place.is_mount() or place == Path.cwd()):
+        kind = "a mount point" if place.is_mount() else "the current directory"
+        raise PrepareError(f"{output}: is {kind}, which a rename cannot replace; name a new directory in it")
+    return place
 
 
 @contextlib.contextmanager
@@ -143,15 +165,16 @@ def _exit_at_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _building_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, removed if what is done within fails.
+def _building_folder(place: Path) -> Iterator[Path]:
+    """A new folder beside `place`, removed if what is done within fails.
 
     While this process lives it locks the folder's file `lock`, which holds the name of its host.
     """
-    building = target.absolute().with_name(f".{target.absolute().name}.preparing-{uuid.uuid4().hex[:8]}")
+    building = place.with_name(f".{place.name}.preparing-{uuid.uuid4().hex[:8]}")
     with ExitStack() as stack:
         try:
-            building.mkdir()
+            with writing(place):
+                building.mkdir()
             file = stack.enter_context(open(building / f"{_LOCK}.new", "w"))
             file.write(socket.gethostname())
             file.flush()
@@ -165,12 +188,11 @@ def _building_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove folders that earlier, killed processes of this host built `target` in; name those of others."""
-    target = target.absolute()
-    pattern = re.compile(re.escape(f".{target.name}.preparing-") + "[0-9a-f]{8}")
-    names = os.listdir(target.parent) if target.parent.is_dir() else []
-    for folder in (target.with_name(name) for name in sorted(names) if pattern.fullmatch(name)):
+def _remove_leftovers(place: Path) -> None:
+    """Remove folders that earlier, killed processes of this host built `place` in; name those of others."""
+    pattern = re.compile(re.escape(f".{place.name}.preparing-") + "[0-9a-f]{8}")
+    names = os.listdir(place.parent) if place.parent.is_dir() else []
+    for folder in (place.with_name(name) for name in sorted(names) if pattern.fullmatch(name)):
         said = "left by a prepare that was killed, unless one is at work there; remove it if none is"
         with contextlib.suppress(OSError), open(folder / _LOCK, "r+") as file:
             try:
