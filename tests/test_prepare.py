@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tarfile
@@ -17,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from pi_dist.data.prepare import PrepareError, prepare
 from pi_dist.data.shards import ShardError, ShardIndex
 from pi_dist.data.sources import list_inputs
-from pi_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from pi_dist.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 REPOSITORY = str(Path(__file__).parents[1])
 
@@ -261,6 +263,58 @@ def test_output_that_cannot_be_put_there_is_refused_before_any_work(tmp_path: Pa
     prepare(["../in"], "../out", vocab_size=300)
     monkeypatch.chdir(tmp_path / "out")
     assert prepare(["../in"], ".", vocab_size=300).reused
+
+
+def ascii_tokenizer(path: Path, normalizer: normalizers.Normalizer | None = None) -> str:
+    """A tokenizer of the 26 letters and the space, without a token for what is unknown."""
+    tokenizer = Tokenizer(models.BPE({char: n for n, char in enumerate(string.ascii_lowercase + " ")}, []))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.decoder = decoders.Fuse()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "tar"])
+def test_document_without_a_token_is_refused(tmp_path: Path, kind: str) -> None:
+    tokenizer = ascii_tokenizer(tmp_path / "t.json")
+    lost = json.dumps({"text": "字", "id": "mine"})
+    if kind == "tar":
+        write_tar(tmp_path / "in.tar", [("a.txt", b"fine"), ("b.json", lost.encode())])
+    else:
+        (tmp_path / "in.txt").write_text("字")
+        (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + lost)
+    where = {"txt": r"in\.txt", "jsonl": r"in\.jsonl: line 2", "tar": r"in\.tar: sample b"}[kind]
+    message = rf"/{where}: its text has no token in .*t\.json, and would be lost$"
+    with pytest.raises(PrepareError, match=message):
+        prepare([str(tmp_path / f"in.{kind}")], str(tmp_path / "out"), tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        ("plain text", False),
+        ("PLAIN ÉTÉ", False),  # lower case, accents stripped
+        ("ето дом and", True),
+        ("a 字字字 " * 500, True),
+    ],
+)
+def test_lost_text_is_warned_of_once(tmp_path: Path, capsys, text: str, warned: bool) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text("fine")
+    (source / "b.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "xyz"}))
+    (source / "c.txt").write_text(text)
+    normalizer = normalizers.BertNormalizer(handle_chinese_chars=False)
+    tokenizer = ascii_tokenizer(tmp_path / "t.json", normalizer)
+    assert prepare([str(source)], str(tmp_path / "out"), tokenizer=tokenizer).train.documents == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warned
+    if warned:
+        assert lines[0].startswith(f"warning: {source}/b.jsonl: line 1: of its first ")
+        assert f"{tokenizer} can bring back " in lines[0]
 
 
 BAD_FILES = {

@@ -21,7 +21,14 @@ from pathlib import Path
 
 from pi_dist.data.shards import ShardError, ShardIndex, ShardWriter, fsync, sha256_of, writing
 from pi_dist.data.sources import Document, InputFile, PrepareError, list_inputs, read_documents
-from pi_dist.data.tokenizer import END_OF_TEXT, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from pi_dist.data.tokenizer import (
+    END_OF_TEXT,
+    encode_texts,
+    kept_characters,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 _HELDOUT_OFFSET = 5
 _LOCK = "lock"
@@ -249,10 +256,13 @@ def _build(files: list[InputFile], building: Path, made_from: dict, tokenizer_pa
                 )
             )
             stack.callback(writers[-1].abandon)
-        tagged = (
-            ((n, doc.id, doc.source), doc.text) for n, doc in enumerate(documents("write shards", total))
-        )
-        for (number, id, source), ids in encode_texts(tokenizer, tagged):
+        texts = documents("write shards", total)
+        if tokenizer_path is not None:
+            texts = _warn_of_loss(texts, tokenizer, saved)
+        tagged = (((n, doc.id, doc.source, doc.where), doc.text) for n, doc in enumerate(texts))
+        for (number, id, source, where), ids in encode_texts(tokenizer, tagged):
+            if len(ids) == 0:
+                raise PrepareError(f"{where}: its text has no token in {saved}, and would be lost")
             writers[is_heldout(number)].add(ids, id=id, source=source)
         for writer in writers:
             if writer.num_documents == 0:
@@ -264,6 +274,22 @@ def _build(files: list[InputFile], building: Path, made_from: dict, tokenizer_pa
     if tokenizer_path is None:
         saved.unlink()  # each split has its copy
     return counts["empty"]
+
+
+def _warn_of_loss(documents: Iterator[Document], tokenizer, path: Path) -> Iterator[Document]:
+    """The documents; warns once on stderr if the first of a file loses most of its text to the tokenizer."""
+    file, warned = None, False
+    for document in documents:
+        if not warned and document.file != file:
+            file = document.file
+            kept, seen = kept_characters(tokenizer, document.text)
+            if warned := 2 * kept < seen:
+                print(
+                    f"warning: {document.where}: of its first {seen} visible characters {path} can bring back"
+                    f" {kept}; what it does not know is lost",
+                    file=sys.stderr,
+                )
+        yield document
 
 
 def _usable_tokenizer(path: Path, end_of_text: str):

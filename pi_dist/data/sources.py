@@ -37,11 +37,13 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Document:
-    """One text, where it came from, and an id that a person can find it by."""
+    """One text, where it came from, an id that a person can find it by, and its file and place in it."""
 
     id: str
     source: str
     text: str
+    file: InputFile
+    where: str
 
 
 def list_inputs(inputs: list[str]) -> list[InputFile]:
@@ -109,7 +111,8 @@ def read_documents(file: InputFile, text_field: str = "text") -> Iterator[Docume
     """
     match file.path.suffix.lower():
         case ".txt":
-            yield Document(file.name, file.name, _utf8(file.path.read_bytes(), str(file.path)))
+            where = str(file.path)
+            yield Document(file.name, file.name, _utf8(file.path.read_bytes(), where), file, where)
         case ".jsonl":
             yield from _read_jsonl(file, text_field)
         case _:
@@ -137,7 +140,7 @@ def _json_object(data: bytes, where: str) -> dict:
     return value
 
 
-def _document(fields: dict, text_field: str, where: str, default_id: str, source: str) -> Document:
+def _document(fields: dict, text_field: str, where: str, default_id: str, file: InputFile) -> Document:
     """A document from a JSON object; checks that the text is one that can be encoded."""
     text = fields.get(text_field)
     if not isinstance(text, str):
@@ -147,7 +150,9 @@ def _document(fields: dict, text_field: str, where: str, default_id: str, source
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PrepareError(f"{where}: field {text_field!r} holds half a surrogate pair") from error
-    return Document(str(fields.get("id", default_id)), str(fields.get("source", source)), text)
+    return Document(
+        str(fields.get("id", default_id)), str(fields.get("source", file.name)), text, file, where
+    )
 
 
 def _read_jsonl(file: InputFile, text_field: str) -> Iterator[Document]:
@@ -156,7 +161,7 @@ def _read_jsonl(file: InputFile, text_field: str) -> Iterator[Document]:
             if line.strip():
                 where = f"{file.path}: line {number}"
                 fields = _json_object(line, where)
-                yield _document(fields, text_field, where, f"{file.name}:{number}", file.name)
+                yield _document(fields, text_field, where, f"{file.name}:{number}", file)
 
 
 def _read_tar(file: InputFile, text_field: str) -> Iterator[Document]:
@@ -182,7 +187,7 @@ def _read_tar(file: InputFile, text_field: str) -> Iterator[Document]:
             if "txt" in sample:
                 fields = {**fields, text_field: sample["txt"]}
             samples += 1
-            yield _document(fields, text_field, where, f"{file.name}:{key}", file.name)
+            yield _document(fields, text_field, where, f"{file.name}:{key}", file)
     if samples != expected:
         raise PrepareError(f"{file.path}: {samples} samples were read of {expected}")
 

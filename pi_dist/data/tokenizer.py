@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 _CHUNK_CHARS = 1 << 18
 _BATCH_CHARS = 1 << 22
+_SAMPLE_CHARS = 1000
 _CUT = re.compile(r"(?<=\S)[ \n]")
 
 Tag = TypeVar("Tag")
@@ -69,6 +71,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the highest token id, added tokens included."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def kept_characters(tokenizer: Tokenizer, text: str) -> tuple[int, int]:
+    """(visible characters that come back, those there were) of the beginning of a text, encoded and decoded.
+
+    Special tokens, as that for what is unknown, bring nothing back. Accents do not count: many tokenizers
+    drop them.
+    """
+    sample = text.strip()[:_SAMPLE_CHARS]
+    tokenizer.encode_special_tokens = True
+    ids = tokenizer.encode(sample, add_special_tokens=False).ids
+    return _visible(tokenizer.decode(ids, skip_special_tokens=True)), _visible(sample)
+
+
+def _visible(text: str) -> int:
+    """Characters of a text that are neither white space nor accents."""
+    composed = unicodedata.normalize("NFC", text)
+    return sum(not char.isspace() and not unicodedata.combining(char) for char in composed)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, np.ndarray]]:
