@@ -326,6 +326,10 @@ BAD_FILES = {
     ),
     "list.jsonl": (b"[1]\n", r"list\.jsonl: line 1: a JSON object is needed, not list"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", r"deep\.jsonl: line 1: bad JSON: nested too deep"),
+    "digits.jsonl": (
+        b'{"text": "a"}\n{"text": "b", "id": ' + b"9" * 5000 + b"}\n",
+        r"digits\.jsonl: line 2: bad JSON: Exceeds the limit .* for integer string conversion",
+    ),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl: line 1: .* half a surrogate pair"),
     "bytes.jsonl": (b'{"text": "\xff"}\n', r"bytes\.jsonl: line 1: not UTF-8"),
     "void.tar": (b"", r"void\.tar: not a whole uncompressed tar archive: empty file"),
@@ -359,6 +363,10 @@ BAD_MEMBERS = {
     "nothing": ([], r"holds no sample"),
     "not UTF-8": ([("a.txt", b"\xff")], r"sample a: \.txt: not UTF-8"),
     "bad JSON": ([("a.json", b"{")], r"sample a: \.json: bad JSON"),
+    "digits": (
+        [("a.json", b'{"id": ' + b"9" * 5000 + b"}")],
+        r"sample a: \.json: bad JSON: Exceeds the limit",
+    ),
     "null": ([("a.json", b"null")], r"sample a: \.json: a JSON object is needed, not NoneType"),
     "no text": ([("a.json", b'{"id": 1}')], r"sample a: field 'text' must hold a string"),
 }
@@ -440,6 +448,7 @@ def test_name_that_webdataset_would_run_is_only_a_name(tmp_path: Path, monkeypat
         (dict(heldout_every=12), r"heldout: no document is left for it; .*: 3, heldout_every: 12"),
         (dict(shard_tokens=0), r"shard_tokens \(0\) >= 1"),
         (dict(vocab_size=99), r"vocab_size \(99\) >= 257"),
+        (dict(vocab_size=10**20), r"vocab_size \(100000000000000000000\) <= 16777216 does not hold"),
         (dict(end_of_text="</s>"), r"end_of_text \('</s>'\) == '<\|endoftext\|>' does not hold"),
         (dict(tokenizer="absent.json"), r"absent\.json: no such file"),
         (dict(inputs=["absent"]), r"absent: no such file or directory"),

@@ -129,11 +129,12 @@ def _utf8(data: bytes, where: str) -> str:
 
 def _json_object(data: bytes, where: str) -> dict:
     """The JSON object in `data`."""
+    text = _utf8(data, where)
     try:
-        value = json.loads(_utf8(data, where))
+        value = json.loads(text)
     except RecursionError as error:
         raise PrepareError(f"{where}: bad JSON: nested too deep") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, and that of an integer of too many digits
         raise PrepareError(f"{where}: bad JSON: {error}") from error
     if not isinstance(value, dict):
         raise PrepareError(f"{where}: a JSON object is needed, not {type(value).__name__}")

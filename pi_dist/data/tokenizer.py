@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 """The special token that ends every document."""
 
+MAX_TRAINED_VOCABULARY = 1 << 24
+"""The library sets memory aside for all tokens that are asked for, and aborts if there is not so much."""
+
 _CHUNK_CHARS = 1 << 18
 _BATCH_CHARS = 1 << 22
 _SAMPLE_CHARS = 1000
@@ -30,8 +33,8 @@ Tag = TypeVar("Tag")
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on `texts`; the same texts in the same order give the same tokenizer.
 
-    Raises ValueError if vocab_size cannot hold the 256 bytes and the end-of-text token. A small corpus may
-    give fewer than vocab_size tokens.
+    Raises ValueError if vocab_size cannot hold the 256 bytes and the end-of-text token, or is too large. A
+    small corpus may give fewer than vocab_size tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -39,6 +42,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise UserError(
             f"vocab_size: vocab_size ({vocab_size}) >= 257 does not hold; 256 bytes and {END_OF_TEXT}"
         )
+    if vocab_size > MAX_TRAINED_VOCABULARY:
+        raise UserError(f"vocab_size: vocab_size ({vocab_size}) <= {MAX_TRAINED_VOCABULARY} does not hold")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
