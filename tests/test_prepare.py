@@ -146,6 +146,8 @@ def test_directory_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch) -
     locked.symlink_to("unmounted")
     with pytest.raises(PrepareError, match=r"in/locked: links to what is not there"):
         list_inputs([str(tmp_path / "in")])
+    locked.rename(tmp_path / "in" / "picture.png")  # no text would be read from there
+    assert list_inputs([str(tmp_path / "in")])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])

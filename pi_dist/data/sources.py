@@ -96,7 +96,7 @@ def _files_below(root: Path) -> Iterator[Path]:
             paths = [Path(parent, name) for name in directories]
             starts += [path for path in paths if path.is_symlink()]
             for path in (Path(parent, name) for name in sorted(names)):
-                if not path.exists():
+                if not path.exists() and path.suffix.lower() in ("", *SUFFIXES):  # it may be a directory
                     raise PrepareError(f"{path}: links to what is not there, or in a circle")
                 yield path
 
