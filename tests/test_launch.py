@@ -462,6 +462,9 @@ if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "{rank}":
 """
 
 
+KILLED_ONCE = "os.unlink(__file__); os.kill(os.getpid(), signal.SIGKILL)"  # a statement for `in_a_step`
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize(
     ("address", "named"),

@@ -13,6 +13,7 @@ import torch
 from distributed import Ranks, free_port
 from safetensors.torch import load_file
 from test_cli import ENVIRONMENT, ROOT, SMALL
+from test_launch import KILLED_ONCE, in_a_step
 from test_trainer import config_for
 
 from pi_dist.data.loader import SequenceLoader
@@ -178,19 +179,19 @@ _die(["error: rank 1 is stopped"], Path({str(tmp_path)!r}) / "stacks" / "rank_0.
 
 
 def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_path):
-    """Mid-run, between checkpoints; the final weights equal those of an undisturbed run bit by bit."""
+    """In step 5, between checkpoints; the final weights equal those of an undisturbed run bit by bit."""
     options = ["--training.steps=12", "--training.save_every=3", "--training.batch_size=2"]
-    job = start_job(corpus, tmp_path / "killed", *options, restarts=1)
+    (tmp_path / "sitecustomize.py").write_text(in_a_step(1, 4, KILLED_ONCE))
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    job = start_job(corpus, tmp_path / "killed", *options, restarts=1, environment=path)
     try:
-        wait_for(job, "step 5/12")
-        os.kill(process_of(job, 1), signal.SIGKILL)
-        out, err = job.communicate(timeout=120)
+        out, err = job.communicate(timeout=300)
     finally:
         end(job)
     assert job.returncode == 0 and "resuming at step 3" in out, out + err
     assert "failed (exitcode: -9) local_rank: 1" in err, err
     undisturbed = start_job(corpus, tmp_path / "whole", *options)
-    undisturbed.communicate(timeout=120)
+    undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0
     newest = [find_newest(tmp_path / name)[0] for name in ("killed", "whole")]
     assert [checkpoint.step for checkpoint in newest] == [12, 12]
