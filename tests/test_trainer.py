@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -57,19 +58,17 @@ def config_for(corpus, run_dir, *, sp=2, stage=2, steps=6, workers=0, **training
     )
 
 
-def run(config, stop_after=None):
-    """`train` on one rank; asks for a stop when this many seconds have passed."""
-    if stop_after is not None and torch.distributed.get_rank() == 1:
-        threading.Timer(stop_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+def run(config):
+    """`train` on one rank."""
     try:
         return train(config)[1]
     except (ConfigError, TrainingError) as error:
         return error
 
 
-def train_on(world_size, config, **options):
+def train_on(world_size, config):
     with Ranks(world_size) as ranks:
-        return ranks.run(run, config, **options) if not options else ranks.run(run, config, *options.values())
+        return ranks.run(run, config)
 
 
 def weights(run_dir, step):
@@ -222,13 +221,28 @@ def test_tensorboard_files_are_read_back(undisturbed):
     assert events.Scalars("heldout/loss")[-1].value == pytest.approx(outcome.heldout_loss, rel=1e-6)
 
 
+def run_with_a_sigterm(config):
+    """Of a run in whose third step rank 1 gets SIGTERM."""
+    from pi_dist.training import trainer
+
+    step = trainer._Run._step
+
+    def stopped(self, number, *others):
+        if number == 2 and self.mesh.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, *others)
+
+    trainer._Run._step = stopped
+    return run(config)
+
+
 def test_sigterm_to_one_rank_saves_at_the_next_step_boundary(corpus, tmp_path):
-    outcomes = train_on(
-        2, config_for(corpus, tmp_path, steps=100_000, eval_every=0, save_every=0), stop_after=3.0
-    )
-    assert {o.stopped_by for o in outcomes} == {"SIGTERM"} and len({o.step for o in outcomes}) == 1
+    config = config_for(corpus, tmp_path, steps=100_000, eval_every=0, save_every=0)
+    with Ranks(2) as ranks:
+        outcomes = ranks.run(run_with_a_sigterm, config)
+    assert [(o.stopped_by, o.step) for o in outcomes] == [("SIGTERM", 3)] * 2
     found, refused = find_newest(tmp_path)
-    assert found.step == outcomes[0].step > 0 and not refused
+    assert found.step == 3 and not refused
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(corpus, tmp_path):
@@ -463,27 +477,36 @@ def test_a_run_whose_checkpoints_cannot_be_written_is_refused_before_it_trains(c
 
 
 def run_with_a_lock_elsewhere(config):
-    """(outcome, what rank 0 says) of a run whose lock another process, said to be on another host, has."""
+    """Of a run whose lock another process, said to be on another host, has; what is said goes to said.txt."""
     from pi_dist.training.metrics import Metrics
 
-    said = []
-    Metrics.say = staticmethod(said.append)
-    return run(config), said
+    def say(text):
+        with open(f"{config.run_dir}/said.txt", "a") as file:
+            print(text, file=file, flush=True)
+
+    Metrics.say = staticmethod(say)
+    return run(config)
 
 
 @pytest.mark.slow
 def test_a_lock_of_another_host_is_waited_for_as_its_rank_may_be_cut_off(corpus, tmp_path):
+    said, waits = tmp_path / "said.txt", "a rank holds the lock on elsewhere; it has 615 s to end\n"
     with (tmp_path / ".lock").open("w") as held:
         held.write("elsewhere")
         held.flush()
         fcntl.flock(held, fcntl.LOCK_EX)
-        threading.Timer(6.0, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+
+        def release():
+            until = time.monotonic() + 100
+            while not (said.exists() and waits in said.read_text()) and time.monotonic() < until:
+                time.sleep(0.1)
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+        threading.Thread(target=release, daemon=True).start()
         with Ranks(2) as ranks:
             outcomes = ranks.run(run_with_a_lock_elsewhere, config_for(corpus, tmp_path))
-        assert [outcome.step for outcome, _ in outcomes] == [6, 6]
-        assert any(
-            "a rank holds the lock on elsewhere; it has 615 s to end" in text for text in outcomes[0][1]
-        )
+        assert [outcome.step for outcome in outcomes] == [6, 6]
+        assert waits in said.read_text()
         assert (tmp_path / ".lock").read_text() == socket.gethostname()
 
 
