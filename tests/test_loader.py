@@ -313,6 +313,9 @@ def test_damage_met_while_reading_is_one_named_line(tmp_path: Path, workers: int
 
 PROGRAM = """
 import sys, time
+from torch.utils.data._utils import worker
+if sys.argv[2] == "wait":
+    worker.MP_STATUS_CHECK_INTERVAL = 600  # else PyTorch's workers look themselves, every 5 s
 from pi_dist.config import DataConfig
 from pi_dist.data.loader import SequenceLoader
 from pi_dist.data.shards import ShardIndex
@@ -321,11 +324,11 @@ loader = SequenceLoader(
     accumulation_steps=1, dp_rank=0, dp_degree=1, sp_rank=0, sp_degree=1, seed=1,
 )
 steps = loader.iterate(0)
-next(steps)
+next(steps), next(steps)  # of one worker and of the other: both have started
 import multiprocessing
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 if sys.argv[2] == "wait":
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -347,7 +350,7 @@ def alive(pid: int) -> bool:
 def test_exit_with_full_queues_does_not_hang(tmp_path: Path) -> None:
     process = start_program(write(tmp_path / "train"), "exit")
     try:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0 and err == "" and len(out.split()) == 2
@@ -366,7 +369,7 @@ def test_workers_outlive_signals_but_not_their_rank(tmp_path: Path) -> None:
     assert all(alive(pid) for pid in workers)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.01)
     left = [pid for pid in workers if alive(pid)]
