@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import Ranks, free_port
 from safetensors.torch import load_file
 from test_cli import ENVIRONMENT, ROOT, SMALL
@@ -17,10 +18,38 @@ from test_launch import KILLED_ONCE, in_a_step
 from test_trainer import config_for
 
 from pi_dist.data.loader import SequenceLoader
+from pi_dist.training import watchdog
 from pi_dist.training.checkpoint import find_newest
 from pi_dist.training.metrics import Metrics
 from pi_dist.training.trainer import train
 from pi_dist.training.watchdog import HUNG
+
+
+def hurried(*limits):
+    """Code by which the ranks have these seconds from step 2 on, and before what a slow machine may need.
+
+    They look every half second.
+    """
+    return f"""
+import os, time
+if "RANK" in os.environ:
+    from pi_dist.training import watchdog
+    watchdog.LONGEST_INTERVAL_S = 0.5
+    at = watchdog.Watchdog.at
+
+    def at_or_hurried(self, step, section):
+        if step == 2:
+            self._timeout_s = {limits}[self._rank]
+        at(self, step, section)
+
+    watchdog.Watchdog.at = at_or_hurried
+"""
+
+
+def with_site(folder, code):
+    """The environment of processes that execute this first."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
 
 
 def start_job(corpus, run_dir, *overrides, restarts=0, environment=None):
@@ -82,15 +111,17 @@ def is_alive(pid):
 
 def stop_a_rank(corpus, run_dir, rank, environment):
     """(what the job says on stderr, the process of the rank) of a job whose rank is stopped in step 4."""
-    limits = ("--training.steps=100000", "--parallel.timeout_s=4")
-    job = start_job(corpus, run_dir, *limits, environment=environment)
+    limits = ("--training.steps=100000", "--parallel.timeout_s=60")
+    job = start_job(
+        corpus, run_dir, *limits, environment=environment | with_site(run_dir.parent, hurried(4.0, 4.0))
+    )
     try:
         wait_for(job, "step 3/")
         stopped = process_of(job, rank)
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
-        _, err = job.communicate(timeout=90)
-        assert time.monotonic() - began < 60 and job.returncode != 0
+        _, err = job.communicate(timeout=240)
+        assert time.monotonic() - began < 180 and job.returncode != 0
     finally:
         end(job)
     assert "error: no step for 4 s" in err and f"exitcode  : {HUNG}" in err
@@ -146,7 +177,7 @@ def test_a_store_that_stops_while_ranks_find_each_other_ends_them(corpus, tmp_pa
         while int(store.stdout.readline()) == at_first:  # until the rank has said where it is
             assert rank.poll() is None, rank.stderr.read()
         store.send_signal(signal.SIGSTOP)
-        said = rank.communicate(timeout=60)[1]
+        said = rank.communicate(timeout=240)[1]
     finally:
         store.kill()
         store.wait()
@@ -181,9 +212,8 @@ _die(["error: rank 1 is stopped"], Path({str(tmp_path)!r}) / "stacks" / "rank_0.
 def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_path):
     """In step 5, between checkpoints; the final weights equal those of an undisturbed run bit by bit."""
     options = ["--training.steps=12", "--training.save_every=3", "--training.batch_size=2"]
-    (tmp_path / "sitecustomize.py").write_text(in_a_step(1, 4, KILLED_ONCE))
-    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    job = start_job(corpus, tmp_path / "killed", *options, restarts=1, environment=path)
+    site = with_site(tmp_path, in_a_step(1, 4, KILLED_ONCE))
+    job = start_job(corpus, tmp_path / "killed", *options, restarts=1, environment=site)
     try:
         out, err = job.communicate(timeout=300)
     finally:
@@ -201,14 +231,14 @@ def test_a_killed_rank_ends_the_job_and_its_restart_leaves_no_trace(corpus, tmp_
 
 def test_ranks_whose_launcher_is_killed_save_and_fail(corpus, tmp_path):
     """Without torchrun, whose store is gone with it, they would train on unseen."""
-    limits = ("--training.steps=100000", "--training.save_every=0", "--parallel.timeout_s=8")
-    job = start_job(corpus, tmp_path / "run", *limits)
+    limits = ("--training.steps=100000", "--training.save_every=0", "--parallel.timeout_s=60")
+    job = start_job(corpus, tmp_path / "run", *limits, environment=with_site(tmp_path, hurried(4.0, 4.0)))
     ranks = []
     try:
         wait_for(job, "step 3/")
         ranks = [process_of(job, rank) for rank in (0, 1)]
         job.kill()
-        out, err = job.communicate(timeout=60)  # until the ranks have let go of its pipes
+        out, err = job.communicate(timeout=180)  # until the ranks have let go of its pipes
     finally:
         for pid in filter(is_alive, ranks):
             os.kill(pid, signal.SIGKILL)
@@ -219,50 +249,49 @@ def test_ranks_whose_launcher_is_killed_save_and_fail(corpus, tmp_path):
 
 
 def train_with_a_slow_loader(config):
-    """What rank 0 says while rank 1 waits four seconds for its third batch."""
-    said, iterate = [], SequenceLoader.iterate
+    """What rank 0 says while rank 1 waits for its third batch, until rank 0 has said so."""
+    said, iterate, told = [], SequenceLoader.iterate, Path(config.run_dir) / "told"
+    watchdog.LONGEST_INTERVAL_S = 0.5
+
+    def say(text):
+        said.append(text)
+        if NAMED in text:
+            told.touch()
 
     def slow(self, first):
         for number, batches in enumerate(iterate(self, first)):
-            if number == 2 and torch.distributed.get_rank() == 1:
-                time.sleep(4.0)
+            until = time.monotonic() + 50
+            while number == 2 and dist.get_rank() == 1 and not told.exists() and time.monotonic() < until:
+                time.sleep(0.05)
             yield batches
 
-    SequenceLoader.iterate = slow
-    Metrics.say = staticmethod(said.append)
+    SequenceLoader.iterate, Metrics.say = slow, staticmethod(say)
     train(config)
     return said
 
 
+NAMED = "rank 1 is behind, in 'data' of step 3 for"
+
+
 def test_a_slow_rank_is_named_with_its_section(corpus, tmp_path):
     config = config_for(corpus, tmp_path, steps=4, eval_every=0, save_every=0)
-    config = config.from_dict(
-        config.to_dict() | {"parallel": config.to_dict()["parallel"] | {"timeout_s": 6.0}}
-    )
     with Ranks(2) as ranks:
         said, _ = ranks.run(train_with_a_slow_loader, config)
-    warnings = [text for text in said if text.startswith("warning: rank")]
-    assert any("rank 1 is behind, in 'data' of step 3 for" in text for text in warnings), said
+    assert any(text.startswith("warning: rank") and NAMED in text for text in said), said
 
 
-def hung_job(corpus, run_dir, tmp_path, module, name, *overrides):
+def hung_job(corpus, run_dir, tmp_path, module, name, *overrides, site):
     """What a job says whose rank 1, alive, hangs where this function is called."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\n"
-        "if 'RANK' in os.environ:\n"
-        "    from pi_dist.training import trainer\n"
-        "    trainer.COLLECTIVES_LATER_S = 2.0\n"
+    hanging = (
         "if os.environ.get('RANK') == '1':\n"
         f"    import {module} as module\n"
         f"    module.{name} = lambda *_, **__: time.sleep(600)\n"
     )
-    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    limits = ("--training.steps=100000", "--parallel.timeout_s=4", *overrides)
-    job = start_job(corpus, run_dir, *limits, environment=path)
+    limits = ("--training.steps=100000", *overrides)
+    job = start_job(corpus, run_dir, *limits, environment=with_site(tmp_path, site + hanging))
     try:
-        began = time.monotonic()
-        _, err = job.communicate(timeout=120)
-        assert time.monotonic() - began < 100 and job.returncode != 0
+        _, err = job.communicate(timeout=300)
+        assert job.returncode != 0
     finally:
         end(job)
     return err
@@ -270,18 +299,28 @@ def hung_job(corpus, run_dir, tmp_path, module, name, *overrides):
 
 @pytest.mark.slow  # torchrun waits for the rank that hangs
 def test_a_live_rank_that_hangs_in_an_evaluation_is_named(corpus, tmp_path):
-    heldout = (f"--data.heldout={corpus}/heldout", "--training.eval_every=2")
+    options = (f"--data.heldout={corpus}/heldout", "--training.eval_every=2", "--parallel.timeout_s=60")
     where = ("pi_dist.training.evaluate", "evaluated_loss")
-    err = hung_job(corpus, tmp_path / "run", tmp_path, *where, *heldout)
+    site = hurried(4.0, 8.0)  # rank 0 speaks for both, which it could not if rank 1 left first
+    err = hung_job(corpus, tmp_path / "run", tmp_path, *where, *options, site=site)
     assert "error: no step for 4 s" in err and "rank 1: in 'evaluation' of step 2" in err, err
     assert "evaluate.py" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+
+
+SOON = """
+import os, time
+if "RANK" in os.environ:
+    from pi_dist.training import trainer
+    trainer.COLLECTIVES_LATER_S = 2.0
+"""
 
 
 @pytest.mark.slow  # torchrun waits for the rank that hangs
 def test_a_live_rank_that_hangs_in_a_checkpoint_is_named(corpus, tmp_path):
     """Others wait in a collective, whose own time-out knows no names."""
-    where = ("pi_dist.training.checkpoint", "_entry")
-    err = hung_job(corpus, tmp_path / "run", tmp_path, *where, "--training.save_every=2")
+    where, options = ("pi_dist.training.checkpoint", "_entry"), ("--training.save_every=2",)
+    options += ("--parallel.timeout_s=8",)
+    err = hung_job(corpus, tmp_path / "run", tmp_path, *where, *options, site=SOON)
     assert "it may have waited for rank 1, in 'checkpoint' of step 2 for" in err, err
 
 
@@ -298,7 +337,7 @@ def test_a_signal_before_the_first_step_is_not_lost(corpus, tmp_path):
             while not heeded & int(status_of(rank, "SigCgt"), 16):
                 time.sleep(0.01)
             os.kill(rank, signal.SIGUSR1)
-        out, err = job.communicate(timeout=90)
+        out, err = job.communicate(timeout=300)
     finally:
         end(job)
     assert job.returncode == 0 and "stopped by SIGUSR1 after step 1" in out, out + err
