@@ -109,13 +109,13 @@ def test_from_text_to_a_sample(tmp_path):
     assert out == pi_dist("generate", run_dir, "--prompt", "Fellow citizens", "--max-new-tokens", 20)[0]
 
 
-def start_launcher(corpus, run_dir, *overrides):
+def start_launcher(corpus, run_dir, *overrides, environment=None):
     """launch/torchrun.sh with two ranks, for more steps than a test waits for."""
     where = [f"--data.train={corpus}/train", "--data.heldout=null", f"--run_dir={run_dir}"]
     command = ["bash", "launch/torchrun.sh", "2", *(flag.removeprefix("--config=") for flag in SMALL), *where]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command += ["--training.steps=100000", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | (environment or {}), **pipes)
 
 
 def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
@@ -128,7 +128,7 @@ def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
                 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
                     launcher.send_signal(number)
                     time.sleep(0.02)
-        assert launcher.wait(timeout=120) == 0, "".join(lines)
+        assert launcher.wait(timeout=240) == 0, "".join(lines)
     finally:
         launcher.kill()
     text = "".join(lines)
@@ -136,19 +136,36 @@ def test_signals_to_the_launcher_save_and_end_all_ranks(corpus, tmp_path):
     assert find_newest(tmp_path / "run")[0].step >= 2
 
 
+# Rank 0 is in the midst of a checkpoint until the test has sent its signals and one has come through.
+SAVES_LONG = """
+import os, signal, time
+if os.environ.get("RANK") == "0":
+    from pi_dist.training import checkpoint
+    entry = checkpoint._entry
+
+    def slow_entry(path):
+        while not (os.path.exists({sent!r}) and signal.getsignal(signal.SIGUSR1).__self__.number):
+            time.sleep(0.01)
+        return entry(path)
+
+    checkpoint._entry = slow_entry
+"""
+
+
 def test_signals_to_the_launcher_while_it_saves_leave_a_whole_checkpoint_and_no_rank(corpus, tmp_path):
     """Twice, each while files of a checkpoint are written."""
-    launcher, until = (
-        start_launcher(corpus, tmp_path / "run", "--training.save_every=1"),
-        time.monotonic() + 90,
-    )
+    (tmp_path / "sitecustomize.py").write_text(SAVES_LONG.format(sent=str(tmp_path / "sent")))
+    path, until = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, time.monotonic() + 240
+    launcher = start_launcher(corpus, tmp_path / "run", "--training.save_every=1", environment=path)
     try:
+        while not list((tmp_path / "run").glob("checkpoints/.step-*.building")):
+            assert launcher.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            while not list((tmp_path / "run").glob("checkpoints/.step-*.building")):
-                assert launcher.poll() is None and time.monotonic() < until
-                time.sleep(0.001)
             launcher.send_signal(number)
-        text, _ = launcher.communicate(timeout=120)
+            time.sleep(0.1)
+        (tmp_path / "sent").touch()
+        text, _ = launcher.communicate(timeout=240)
     finally:
         launcher.kill()
     assert launcher.returncode == 0 and "stopped by SIGUSR1 after step" in text and "Traceback" not in text, (
@@ -169,14 +186,14 @@ def _names(path, text):
 def test_a_signal_to_the_launcher_while_ranks_start_is_not_lost(corpus, tmp_path):
     launcher = start_launcher(corpus, tmp_path / "run")
     try:
-        children, until = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children"), time.monotonic() + 60
+        children, until = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children"), time.monotonic() + 240
         while not any(
             _names(Path(f"/proc/{n}/cmdline"), "torch.distributed.run") for n in children.read_text().split()
         ):
             assert launcher.poll() is None and time.monotonic() < until
             time.sleep(0.02)
         launcher.send_signal(signal.SIGUSR1)  # torchrun imports, ranks come later
-        text, _ = launcher.communicate(timeout=120)
+        text, _ = launcher.communicate(timeout=240)
     finally:
         launcher.kill()
     assert launcher.returncode == 0 and "stopped by SIGUSR1 after step" in text, text
