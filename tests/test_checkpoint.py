@@ -333,7 +333,7 @@ def test_killed_while_saving_the_last_complete_checkpoint_loads(config):
     snapshots = []
     generator = random.Random(1)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not list(directory(config.run_dir).glob("step-*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)

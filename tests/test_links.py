@@ -55,7 +55,7 @@ def mpirun() -> list[str]:
 def test_ranks_see_each_other_and_links_are_timed(launcher, module, tmp_path):
     doctor = (module, "pi_dist", "doctor", "--json", tmp_path / "found.json")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher(), *doctor], cwd=ROOT, env=environment, timeout=120, check=True)
+    subprocess.run([*launcher(), *doctor], cwd=ROOT, env=environment, timeout=300, check=True)
     found = findings((tmp_path / "found.json").read_text())
     assert found["ranks"]["detail"] == "3 on 1 hosts see each other over gloo"
     (link,) = [finding for name, finding in found.items() if name.startswith("within ")]
@@ -67,12 +67,12 @@ def test_a_rank_that_never_comes_is_named_in_bounded_time():
     began = time.monotonic()
     first, second = start_ranks([0, 2], 3, 4, free_port())
     try:
-        out, _ = first.communicate(timeout=100)
-        second.communicate(timeout=100)
+        out, _ = first.communicate(timeout=240)
+        second.communicate(timeout=240)
     finally:
         first.kill()
         second.kill()
-    assert first.returncode == 1 and time.monotonic() - began < 60
+    assert first.returncode == 1 and time.monotonic() - began < 180
     assert findings(out)["rank 1"]["detail"] == "rank 1 has not answered within 4 s"
 
 
@@ -81,7 +81,7 @@ def test_a_stopped_rank_is_named_with_its_host():
     try:
         time.sleep(0.5)  # it is importing torch
         ranks[1].send_signal(signal.SIGSTOP)
-        out, _ = ranks[0].communicate(timeout=100)
+        out, _ = ranks[0].communicate(timeout=240)
     finally:
         for rank in ranks:
             rank.kill()
@@ -92,7 +92,7 @@ def test_a_stopped_rank_is_named_with_its_host():
 
 def test_a_master_that_nobody_is_at_is_said_by_who_looks_for_it():
     (rank,) = start_ranks([1], 2, 3, free_port())
-    _, error = rank.communicate(timeout=100)
+    _, error = rank.communicate(timeout=240)
     assert rank.returncode == 1 and "rank 1 on " in error and "cannot reach rank 0 at 127.0.0.1:" in error
 
 

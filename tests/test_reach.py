@@ -234,7 +234,7 @@ def test_a_million_tokens_and_many_skips_take_seconds_at_most():
     model = ModelConfig(num_layers=32, num_heads=16, window=512, stride=64, num_skips=64, schedule="per_head")
     start = time.perf_counter()
     r = reach.report(model, 1 << 20)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 30
     assert r.covered_share == 1.0
 
 
