@@ -42,6 +42,7 @@ HUNG = 74  # EX_IOERR
 SECTIONS = ("data", "forward and backward", "update", "evaluation", "checkpoint")  # of a step, in order
 LONGER = {"checkpoint": 10.0}  # times as long as others may take: what a rank writes of one
 LONGEST_INTERVAL_S = 5.0  # between beats
+_SPEAKS_WITHIN = 5  # intervals from when a rank is late: it looks after one at most, for three
 COLLECTIVES_LATER_S = 30.0  # a collective's own time-out, which knows no names, comes so much later
 LAST_WORD_S = (
     3.0  # ranks that fail after another leave so much later: launchers report the end they see first
@@ -266,6 +267,8 @@ class Watchdog:
             if _process(process[0]) == process:
                 with contextlib.suppress(OSError):
                     os.kill(process[0], signal.SIGKILL)
+        if not lines:  # a launcher ends all where one ends: not before the one that speaks has noticed
+            time.sleep(_SPEAKS_WITHIN * self.interval_s)
         place = f"in {self._section!r} of step {self._step}" if self._section else f"after step {self._step}"
         said = [f"error: no step for {self._timeout_s:g} s", *lines] if lines else []
         _die(said, self._path, f"rank {self._rank}, pid {os.getpid()}, {place}:")
