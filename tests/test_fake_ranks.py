@@ -173,7 +173,7 @@ def test_others_send_what_this_rank_does():
 def test_every_collective_brings_it():
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
-        with _others_send_the_same():
+        with _others_send_the_same(1):
             sent, row, all_rows, part = (
                 torch.tensor([1.0, 2.0]),
                 torch.zeros(2),
@@ -190,11 +190,13 @@ def test_every_collective_brings_it():
             assert all_rows.tolist() == [1, 2, 1, 2]
             dist.reduce_scatter_tensor(part, sent)
             assert part.item() == 1
+        for zero_stage, after in ((1, [5, 6, 7]), (3, [6, 6, 6])):  # of ZeRO 3 nothing is there before
             in_place = torch.tensor([5.0, 6.0, 7.0])
-            dist.all_gather_into_tensor(in_place, in_place[1:2])
-            assert in_place.tolist() == [6, 6, 6]
-            dist.reduce_scatter_tensor(in_place[1:2], in_place)
-            assert in_place.tolist() == [6, 6, 6]
+            with _others_send_the_same(zero_stage):
+                dist.all_gather_into_tensor(in_place, in_place[1:2])
+                assert in_place.tolist() == after
+                dist.reduce_scatter_tensor(in_place[1:2], in_place)
+                assert in_place.tolist() == after
     finally:
         dist.destroy_process_group()
 
