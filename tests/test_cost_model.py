@@ -275,7 +275,7 @@ def test_streaming_keeps_memory_flat_and_costs_a_forward_pass_of_all_but_one_chu
     whole, chunks = (work(job("pi", 2**20, streamed=s), 1, H100) for s in (False, True))
     assert chunks.moved_bytes == pytest.approx(whole.moved_bytes * (5 - 1 / 32) / 4)
     seconds = [gpu_seconds(done, H100) for done in (whole, chunks)]
-    assert seconds[0] * 1.1 < seconds[1] < seconds[0] * 1.25
+    assert seconds[0] * 1.15 < seconds[1] < seconds[0] * 1.3
 
 
 def test_a_peak_is_in_the_loss_or_in_a_block_or_where_all_gradients_are():
@@ -353,7 +353,10 @@ def measured_steps(records):
                 yield row, Config(model=model, parallel=parallel, training=training)
 
 
-@pytest.mark.parametrize("name", ["savings_h100", "savings_time_h100"])
+SAVINGS = ("savings_h100", "savings_time_h100")
+
+
+@pytest.mark.parametrize("name", SAVINGS)
 def test_kept_savings_are_by_the_constants_that_ship(name):
     """And have their measured points."""
     record = kept_records()[name]
@@ -361,9 +364,9 @@ def test_kept_savings_are_by_the_constants_that_ship(name):
     assert len({point["job"] for point in record["points"]}) == len(record["points"]) > 10
 
 
-def measured_points():
+def measured_points(names):
     """(row, its configuration, seconds without communication) of points of savings on an H100."""
-    for name in ("savings_h100", "savings_time_h100"):
+    for name in names:
         record = kept_records()[name]
         alone = {point["what"]: point["ms"] for point in record["points"]}
         for row in record["rows"]:
@@ -384,8 +387,9 @@ def paced_by_gpus(gpu):
             ranks = row["world_size"]
             waits = communication_seconds(config, ranks, profile, Network()) if ranks > 1 else 0.0
             yield config, ranks, row["ms"] / 1e3 - waits
-    if gpu == "H100":
-        for point, config, seconds in measured_points():
+    if gpu == "H100":  # a step on one GPU once, though it is that of dense, ring and Ulysses
+        points = {seconds: (config, point) for point, config, seconds in measured_points(["savings_h100"])}
+        for seconds, (config, point) in points.items():
             if not point["streamed"]:
                 yield config, point["num_gpus"], seconds
 
@@ -394,7 +398,7 @@ def paced_by_gpus(gpu):
 def test_constants_of_time_are_fitted_to_the_kept_steps(gpu):
     profile = load_profile(gpu)
     found = calibrate.fit_gpu(profile, list(paced_by_gpus(gpu)), profile.matmul_share)
-    for name in ("block_moves", "exact_forward_flops_per_s", "exact_backward_flops_per_s"):
+    for name in ("block_moves", "gpu_layer_us", "exact_forward_flops_per_s", "exact_backward_flops_per_s"):
         assert getattr(profile, name) == pytest.approx(getattr(found, name), rel=5e-3), name
     assert found.matmul_share == profile.matmul_share
 
@@ -423,7 +427,7 @@ def test_the_model_is_near_measured_steps(gpu, least):
         assert memory(config, ranks, profile).total == pytest.approx(row["peak_mib"], rel=0.05), row
         if row["cuda_graphs"] is None:  # else the host, which no profile knows, is waited for
             predicted = step_time(config, ranks, profile, Network()).total
-            assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.1), row
+            assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.07), row
     assert found > least
 
 
@@ -434,39 +438,39 @@ def test_the_model_was_near_what_was_measured_later():
         ranks = row["world_size"]
         predicted = step_time(config, ranks, profile, Network()).total
         short = config.model.method == "ring" and config.training.context // ranks == 8192
-        assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.13 if short else 0.05), row
+        assert 1e3 * predicted == pytest.approx(row["ms"], rel=0.12 if short else 0.04), row
         assert memory(config, ranks, profile).total == pytest.approx(row["peak_mib"], rel=0.02)
         assert row["bytes_sent"] == row["bytes_formula"]
     for row in kept_records()["savings_ranks_h200"]["rows"]:
         for point in row["checks"]:
-            late = row["streamed"] and point["num_gpus"] == 2  # the host
+            late = row["streamed"] and point["num_gpus"] == 2  # the host, which other jobs were on
             assert point["predicted_mib"] == pytest.approx(point["peak_mib"], rel=0.02)
             if point["time_source"] == "measured":
-                assert point["predicted_ms"] == pytest.approx(point["ms"], rel=0.26 if late else 0.06)
+                assert point["predicted_ms"] == pytest.approx(point["ms"], rel=0.43 if late else 0.05)
 
 
-def test_how_much_too_short_steps_of_few_tokens_are_predicted():
-    """One sequence of 4k to 32k tokens on an H100, nothing recomputed: a graph's kernels cost more."""
-    errors = {4096: 0.24, 8192: 0.13, 16384: 0.06, 32768: 0.03}
+def test_the_model_is_near_steps_of_few_tokens():
+    """Nothing is fitted to these: one sequence of 4k to 32k tokens on an H100, nothing recomputed."""
     rows = [row for row in kept_records()["paper_h100"]["rows"] if row["what"] == "table"]
     for row in rows:
         model = model_of("small", method=row["method"], **PAPER | {"num_skips": int(row["method"] == "pi")})
         training = TrainingConfig(context=row["context"], batch_size=1, precision="bf16")
         config = Config(model=model, parallel=ParallelConfig(zero_stage=1), training=training)
         predicted = 1e3 * step_time(config, 1, H100, Network()).total
-        assert 1 - errors[row["context"]] < predicted / row["ms"] <= 1, row
+        assert predicted == pytest.approx(row["ms"], rel=0.09 if row["context"] == 4096 else 0.045), row
         assert memory(config, 1, H100).total == pytest.approx(row["peak_mib"], rel=0.02), row
     assert len(rows) == 12
 
 
 def test_the_model_is_near_the_kept_savings():
-    """Points on an H100, of one rank of 1 to 16; two chunks of one rank of two, once, are the exception."""
+    """Points on an H100, of one rank of 1 to 16; the host paces the small model's chunks."""
     found = 0
-    for point, config, seconds in measured_points():
+    for point, config, seconds in measured_points(SAVINGS):
         ranks = point["num_gpus"]
         predicted = compute_seconds(work(config, ranks, H100), H100)
-        short = config.model.method == "ring" and config.training.context // ranks < 8192  # blocks of keys
-        limit = 0.25 if point["streamed"] and ranks > 1 else 0.16 if short else 0.105
+        host = point["streamed"] and config.model.hidden_size == PRESETS["small"].hidden_size
+        blocks = config.model.method in ("ring", "ulysses") and ranks > 1  # short ones, of 4,096 tokens
+        limit = 0.25 if host and ranks > 1 else 0.17 if host else 0.11 if blocks else 0.08
         assert predicted == pytest.approx(seconds, rel=limit), (point, config.model.method)
         assert memory(config, ranks, H100).total == pytest.approx(point["peak_mib"], rel=0.03)
         found += 1
@@ -490,7 +494,8 @@ def synthetic(profile):
 
 def test_a_fit_finds_the_constants_that_made_the_figures():
     true = dataclasses.replace(
-        H100, matmul_share=0.7, block_moves=120.0, layer_us=4000.0, block_copies=40.0, fixed_mib=500.0,
+        H100, matmul_share=0.7, block_moves=120.0, gpu_layer_us=200.0, host_layer_us=4000.0, block_copies=40.0,
+        fixed_mib=500.0,
         exact_forward_flops_per_s=4e14, exact_backward_flops_per_s=4e14 * 289 / 293,
     )  # fmt: skip
     record = synthetic(true)

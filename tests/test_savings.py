@@ -242,7 +242,7 @@ def test_what_would_end_too_late_is_not_begun(gpu):
 @pytest.mark.slow
 def test_measuring_works_from_the_command_on(tmp_path, capsys):
     """A profile that calls a CPU its GPU: real processes, fake ranks."""
-    apart = {"fixed_mib": 0.0, "layer_us": 10.0}  # a GPU and its host need more than all of the tiny model
+    apart = {"fixed_mib": 0.0, "gpu_layer_us": 1.0, "host_layer_us": 10.0}  # a GPU and its host need more than all of the tiny model
     mine = dataclasses.replace(H100, name="mine", device="cpu", memory_mib=2560.0 + 4.5, **apart)
     write_profile(mine, str(tmp_path / "mine.json"))
     flags = [
@@ -320,10 +320,10 @@ def test_a_record_is_of_one_gpu_in_all_its_constants(tmp_path, capsys):
     assert run(*flags, str(record), "--gpu", "A100") == 2
     error = capsys.readouterr().err
     assert "profile of the record (H100) == here (A100) does not hold" in error and error.count("\n") == 1
-    write_profile(dataclasses.replace(H100, layer_us=1.0), str(mine))  # of the same name
+    write_profile(dataclasses.replace(H100, host_layer_us=1.0), str(mine))  # of the same name
     assert run(*flags, str(record), "--gpu", str(mine)) == 2
     error = capsys.readouterr().err
-    assert "(H100) == here (H100) does not hold: other layer_us" in error and error.count("\n") == 1
+    assert "(H100) == here (H100) does not hold: other host_layer_us" in error and error.count("\n") == 1
     assert record.read_text() == before and run(*flags, str(record)) == 0
     for source in ('"of old"', "null"):  # the code that measured, which also takes no record from before it
         record.write_text(re.sub(r'"source": "\w+"', f'"source": {source}', before))

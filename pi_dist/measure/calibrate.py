@@ -25,7 +25,7 @@ from pi_dist.measure.savings import Terms, config_of
 from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory, work
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
 
-GPU_CONSTANTS = 3  # of a step's time: of matrix products, of what moves tensors, of exact attention
+GPU_CONSTANTS = 4  # of a step's time: of products, of what moves tensors, of layers, of exact attention
 TERMS = Terms(chunk_tokens=2048)  # short enough that the host paces what no graph launches
 # method, streamed, tokens, ranks: each constant stands out in some of them
 _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
@@ -68,7 +68,7 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
 
     def work_of_a_launch(job: tuple[Config, int, float]) -> float:
         done = work(job[0], job[1], profile)
-        return gpu_seconds(done, profile) / done.layers if done.layers else math.inf
+        return gpu_seconds(done, profile) / done.launched_layers if done.launched_layers else math.inf
 
     def error(found: Profile) -> float:
         times = ((compute_seconds(work(config, ranks, found), found), s) for config, ranks, s in jobs)
@@ -78,11 +78,14 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
     found = []
     can_be_paced = sum(work_of_a_launch(job) < math.inf for job in jobs)
     for paced in range(min(can_be_paced, len(jobs) - GPU_CONSTANTS) + 1):
-        launched = [1e6 * s / work(config, ranks, profile).layers for config, ranks, s in jobs[:paced]]
-        layer_us = statistics.fmean(launched) if launched else 0.0
-        found.append(replace(fit_gpu(profile, jobs[paced:]), layer_us=layer_us))
+        launched = [
+            1e6 * s / work(config, ranks, profile).launched_layers for config, ranks, s in jobs[:paced]
+        ]
+        host_us = statistics.fmean(launched) if launched else 0.0
+        found.append(replace(fit_gpu(profile, jobs[paced:]), host_layer_us=host_us))
     best = min(found, key=error)
-    return best if best.layer_us else replace(best, layer_us=profile.layer_us)  # no step tells of the host
+    # without a step that tells of the host, as it was
+    return best if best.host_layer_us else replace(best, host_layer_us=profile.host_layer_us)
 
 
 def fit_gpu(
@@ -95,20 +98,21 @@ def fit_gpu(
     for config, ranks, seconds in jobs:
         done = work(config, ranks, base)
         exact = gpu_seconds(
-            replace(done, matmul_flops=0, moved_bytes=0, fixed_seconds=0), base
+            replace(done, matmul_flops=0, moved_bytes=0, layers=0, fixed_seconds=0), base
         )  # in the ratio of forward and backward that the profile has
         products = done.matmul_flops / rate
-        parts = (products, done.moved_bytes / base.copy_bytes_per_s, exact)
+        parts = (products, done.moved_bytes / base.copy_bytes_per_s, 1e-6 * done.layers, exact)
         rows.append([part / seconds for part in parts])
         target.append(1 - (products + done.fixed_seconds) / seconds)
     columns = np.array(rows)
     if matmul_share is not None:
         columns[:, 0] = 0.0
-    slower, moves, exact = least_squares(columns, np.array(target))
+    slower, moves, layer_us, exact = least_squares(columns, np.array(target))
     return replace(
         profile,
         matmul_share=base.matmul_share / (1 + float(slower)),
         block_moves=float(moves),
+        gpu_layer_us=float(layer_us),
         exact_forward_flops_per_s=profile.exact_forward_flops_per_s / (float(exact) or 1.0),
         exact_backward_flops_per_s=profile.exact_backward_flops_per_s / (float(exact) or 1.0),
     )
@@ -159,10 +163,11 @@ def fitted(profile: Profile, record: dict[str, Any], source: str) -> Profile:
     settings = record["settings"]
     rates = {name: settings[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s", "memory_mib")}
     found = fit_memory(fit_time(replace(profile, **rates), times), jobs_of(record, "peak_mib"))
-    names = (*rates, "matmul_share", "block_moves", "layer_us", "exact_forward_flops_per_s",
-             "exact_backward_flops_per_s", "block_copies", "fixed_mib")  # fmt: skip
-    fitted_names = [name for name in names if name != "layer_us" or found.layer_us != profile.layer_us]
-    return replace(found, sources=profile.sources | dict.fromkeys(fitted_names, source))
+    names = [*rates, "matmul_share", "block_moves", "gpu_layer_us", "exact_forward_flops_per_s",
+             "exact_backward_flops_per_s", "block_copies", "fixed_mib"]  # fmt: skip
+    if found.host_layer_us != profile.host_layer_us:
+        names.append("host_layer_us")
+    return replace(found, sources=profile.sources | dict.fromkeys(names, source))
 
 
 def describe_fit(profile: Profile, record: dict[str, Any]) -> str:

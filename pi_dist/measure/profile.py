@@ -38,7 +38,8 @@ class Profile:
         matmul_share: of the ceiling that the model's matrices reach.
         block_moves: how often a block reads or writes d elements of a token beside matrices and attention,
             forward, recomputation and backward together.
-        layer_us: of the host, to launch a block, forward, recomputation and backward together.
+        gpu_layer_us: that a block takes on the GPU whatever its tokens, for its kernels begin and end.
+        host_layer_us: of the host, to launch a block. Both: forward, recomputation and backward together.
         exact_forward_flops_per_s, exact_backward_flops_per_s: of the exact methods' flash attention.
         block_copies: tensors of [tokens, d] in the model's dtype that live while a block is recomputed and
             differentiated, its input not counted.
@@ -54,7 +55,8 @@ class Profile:
     matmul_flops_per_s: float
     matmul_share: float
     block_moves: float
-    layer_us: float
+    gpu_layer_us: float
+    host_layer_us: float
     exact_forward_flops_per_s: float
     exact_backward_flops_per_s: float
     block_copies: float

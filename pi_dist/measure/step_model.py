@@ -229,7 +229,9 @@ class Work:
     moved_bytes: float
     """Of blocks, for block_moves = 1."""
     layers: float
-    """Blocks whose kernels the host launches one by one: none of a graph's."""
+    """Blocks that go forward, once more, and backward."""
+    launched_layers: float
+    """Of them, those whose kernels the host launches one by one: none of a graph's."""
     exact_forward_flops: float
     exact_backward_flops: float
     fixed_seconds: float
@@ -255,11 +257,12 @@ def work(config: Config, world_size: int, profile: Profile) -> Work:
     moves = forwards + (1 if t.activation_checkpointing == "selective" else 0)  # all but products, once more
     slower = _FP32_PRODUCTS if t.precision == "fp32" else 1.0
     moved = tokens * sum(1.0 if m.gated(layer) else 1 - _GATE_MOVES for layer in range(m.num_layers))
-    launched = 0 if replays_graphs(config, "cuda") else steps * m.num_layers * num_chunks(t)
+    layers = steps * m.num_layers * num_chunks(t) * (forwards + 2) / 4
     return Work(
         matmul_flops=slower * steps * flops,
         moved_bytes=steps * moved * m.hidden_size * element * (moves + 2) / 4,
-        layers=launched * (forwards + 2) / 4,
+        layers=layers,
+        launched_layers=0 if replays_graphs(config, "cuda") else layers,
         exact_forward_flops=slower * steps * forwards * exact,
         exact_backward_flops=slower * steps * 2.5 * exact,
         fixed_seconds=steps * seconds + states / profile.copy_bytes_per_s,
@@ -304,7 +307,7 @@ def _merge_seconds(config: Config, profile: Profile, forwards: float) -> float:
 
 def compute_seconds(done: Work, profile: Profile) -> float:
     """Time of the work of one rank: the GPU's, or that of the host to launch it, whichever is longer."""
-    return max(gpu_seconds(done, profile), done.layers * 1e-6 * profile.layer_us)
+    return max(gpu_seconds(done, profile), done.launched_layers * 1e-6 * profile.host_layer_us)
 
 
 def gpu_seconds(done: Work, profile: Profile) -> float:
@@ -312,6 +315,7 @@ def gpu_seconds(done: Work, profile: Profile) -> float:
     return (
         done.matmul_flops / (profile.matmul_share * profile.matmul_flops_per_s)
         + done.moved_bytes * profile.block_moves / profile.copy_bytes_per_s
+        + done.layers * 1e-6 * profile.gpu_layer_us
         + done.exact_forward_flops / profile.exact_forward_flops_per_s
         + done.exact_backward_flops / profile.exact_backward_flops_per_s
         + done.fixed_seconds
