@@ -494,8 +494,8 @@ def synthetic(profile):
 
 def test_a_fit_finds_the_constants_that_made_the_figures():
     true = dataclasses.replace(
-        H100, matmul_share=0.7, block_moves=120.0, gpu_layer_us=200.0, host_layer_us=4000.0, block_copies=40.0,
-        fixed_mib=500.0,
+        H100, matmul_share=0.7, block_moves=120.0, gpu_layer_us=200.0, host_layer_us=4000.0,
+        block_copies=40.0, fixed_mib=500.0,
         exact_forward_flops_per_s=4e14, exact_backward_flops_per_s=4e14 * 289 / 293,
     )  # fmt: skip
     record = synthetic(true)

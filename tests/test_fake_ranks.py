@@ -1,6 +1,9 @@
 """One rank measured alone, in every ZeRO stage and method: its memory is that of real ranks."""
 
 import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from pi_dist.measure.fake_ranks import (
     LiveBytes,
     Request,
     _arrives,
+    _Job,
+    _join_fake_group,
     _others_send_the_same,
     few_chunks,
     typical_rank,
@@ -21,6 +26,7 @@ from pi_dist.measure.step_model import MIB, num_parameters, state_bytes
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker, measured_apart
 from pi_dist.ops.exact_attention import ExactBlock
 from pi_dist.parallel import ring_attention
+from pi_dist.training.deepspeed_engine import unchecked_across_ranks
 
 CONTEXT = 512
 
@@ -199,6 +205,26 @@ def test_every_collective_brings_it():
                 assert in_place.tolist() == after
     finally:
         dist.destroy_process_group()
+
+
+def norms_after_a_step(zero_stage):
+    """Of the tiny model, a weight that the other rank updates and one that this does; made in its process."""
+    config = job("pi", 2, zero_stage)
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}  # DeepSpeed asks for these
+    _join_fake_group(1, 2)
+    with _others_send_the_same(zero_stage), unchecked_across_ranks():
+        made = _Job(config, torch.device("cpu"), Request(config, 2, 1))
+        made.step()
+        model = made.engine.engine.module
+        return model.blocks[0].attention_norm.weight.tolist(), model.norm.bias.tolist()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_weights_that_other_ranks_update_stay(zero_stage):
+    """With this rank's own in their place products take less power, and a GPU is faster than in a job."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        theirs, mine = pool.submit(norms_after_a_step, zero_stage).result(timeout=100.0)
+    assert set(theirs) == {1.0} and set(mine) != {0.0}  # as they were made, not
 
 
 def test_live_bytes_counts_storages_once_until_they_die():

@@ -242,7 +242,11 @@ def test_what_would_end_too_late_is_not_begun(gpu):
 @pytest.mark.slow
 def test_measuring_works_from_the_command_on(tmp_path, capsys):
     """A profile that calls a CPU its GPU: real processes, fake ranks."""
-    apart = {"fixed_mib": 0.0, "gpu_layer_us": 1.0, "host_layer_us": 10.0}  # a GPU and its host need more than all of the tiny model
+    apart = {
+        "fixed_mib": 0.0,
+        "gpu_layer_us": 1.0,
+        "host_layer_us": 10.0,
+    }  # a GPU and its host need more than all of the tiny model
     mine = dataclasses.replace(H100, name="mine", device="cpu", memory_mib=2560.0 + 4.5, **apart)
     write_profile(mine, str(tmp_path / "mine.json"))
     flags = [
