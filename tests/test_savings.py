@@ -519,6 +519,7 @@ def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn
         (["--max-gpus", "0"], "max_gpus (0) >= 1"),
         (["--network", "carrier"], "network: 'carrier' in"),
         (["--fabric-gbytes-per-s", "0"], "fabric_bytes_per_s (0.0) > 0"),
+        (["--node-gbytes-per-s", ".nan"], "node_bytes_per_s (nan) > 0"),
         (["--from", "pyproject.toml"], "not a record of `pi-dist savings`"),
     ],
 )
@@ -527,6 +528,27 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(flags, said, capsys, m
     assert run("savings", *flags) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_links_within_a_node_are_what_is_said(capsys):
+    flags = [
+        "savings",
+        "--context",
+        "1048576",
+        "--methods",
+        "ulysses",
+        "--max-gpus",
+        "4",
+        "--preset",
+        "medium",
+    ]
+    assert run(*flags) == 0
+    fast = capsys.readouterr().out
+    assert run(*flags, "--node-gbytes-per-s", "20") == 0
+    slow = capsys.readouterr().out
+    assert "8 a node at 296 GB/s each (as two H200)," in fast and "8 a node at 20 GB/s each," in slow
+    milliseconds = [float(re.search(r"([\d,]+) ms p", text)[1].replace(",", "")) for text in (fast, slow)]
+    assert milliseconds[1] > milliseconds[0] + 100
 
 
 def test_a_task_of_the_array_takes_its_context(tmp_path):

@@ -15,7 +15,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from pi_dist.config import Config, ConfigError, UserError
 
 UNFINISHED_RECORD = 3  # exit status: rows are left, run it again
-NETWORK_FLAGS = ("network", "gpus_per_node", "fabric_gbytes_per_s", "adapters_per_node", "fabric_latency_us")
+NETWORK_FLAGS = (
+    *("network", "gpus_per_node", "node_gbytes_per_s"),
+    *("fabric_gbytes_per_s", "adapters_per_node", "fabric_latency_us"),
+)
 
 
 class ConfigFile(ActionConfigFile):
@@ -110,6 +113,12 @@ def add_network(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that NVLink joins")
     parser.add_argument(
+        "--node-gbytes-per-s",
+        type=float | None,
+        default=None,
+        help="of a GPU within a node, one way; default: 296, as two H200 with NVLink 4",
+    )
+    parser.add_argument(
         "--fabric-gbytes-per-s",
         type=float | None,
         default=None,
@@ -135,6 +144,7 @@ def network_of(arguments: Namespace):
         raise ConfigError(f"network: {arguments.network!r} in {', '.join(NETWORKS)} does not hold")
     changes: dict[str, float] = {"gpus_per_node": arguments.gpus_per_node}
     for flag, name, unit in (
+        ("node_gbytes_per_s", "node_bytes_per_s", 1e9),
         ("fabric_gbytes_per_s", "fabric_bytes_per_s", 1e9),
         ("fabric_latency_us", "fabric_latency_s", 1e-6),
         ("adapters_per_node", "adapters_per_node", 1),
@@ -142,7 +152,7 @@ def network_of(arguments: Namespace):
         if arguments[flag] is not None:
             changes[name] = arguments[flag] * unit
     for name, value in changes.items():
-        if value <= 0:
+        if not value > 0:
             raise ConfigError(f"{name}: {name} ({value}) > 0 does not hold")
         if not value < math.inf:
             raise ConfigError(f"{name}: {name} ({value}) < inf does not hold")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pi_dist.measure.profile import FRAGMENTS, profile_from
+from pi_dist.measure.profile import FRAGMENTS, Network, profile_from
 from pi_dist.measure.savings import budget_text, errors, ms_text
 from pi_dist.measure.savings_points import COMPOSED, MEASURED
 from pi_dist.measure.stand_ins import PROBE_TOKENS
@@ -117,6 +117,7 @@ def _terms(t: dict[str, Any]) -> str:
     """What rows have in common, in a sentence."""
     offload = "inputs of blocks in host memory, but streamed" if t["activation_offload"] else "no offload"
     tile = t["mlp_tile_tokens"]
+    as_two = " (as two H200)" if t["node_bytes_per_s"] == Network().node_bytes_per_s else ""
     return (
         f"{'Measured where this GPU can' if t['measures'] else 'Predicted'}; "
         f"ZeRO {t['zero_stage']}; {offload}; "
@@ -124,7 +125,7 @@ def _terms(t: dict[str, Any]) -> str:
         f"pattern k = {t['window']}, π = {t['stride']}, M = {t['num_skips']}, "
         f"{t['schedule']} strides; streamed: chunks of {t['chunk_tokens']:,} tokens a GPU; GPUs: divisors of "
         f"the context up to {t['max_gpus']:,}, {t['gpus_per_node']} a node at "
-        f"{t['node_bytes_per_s'] / 1e9:g} GB/s each (as two H200), between nodes "
+        f"{t['node_bytes_per_s'] / 1e9:g} GB/s each{as_two}, between nodes "
         f"{t['adapters_per_node']} times {t['fabric_bytes_per_s'] / 1e9:g} GB/s and "
         f"{1e6 * t['fabric_latency_s']:g} µs."
     )
