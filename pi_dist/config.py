@@ -251,7 +251,7 @@ class Config:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: a section is not a mapping.
+            ConfigError: a section is not a mapping, or has a setting that there is not.
         """
         parts = {
             "model": ModelConfig,
@@ -262,7 +262,11 @@ class Config:
         for key, value in values.items():
             is_part = key not in parts or isinstance(value, dict)
             _require(is_part, key, f"type of {key} ({type(value).__name__}) == mapping")
-        return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
+        try:
+            made = {key: parts[key](**value) if key in parts else value for key, value in values.items()}
+            return cls(**made)
+        except TypeError as error:  # says which
+            raise ConfigError(f"configuration: {error}") from error
 
 
 def _require(holds: bool, key: str, equation: str, hint: str = "") -> None:

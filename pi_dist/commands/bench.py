@@ -122,7 +122,7 @@ def run(arguments: Namespace) -> int:
         if name not in (*_TAKES[what], "what") and arguments[name] != default:
             raise ConfigError(f"bench {what}: there is no --{name.replace('_', '-')} of it")
     check_plot(arguments.plot)
-    check_written("json", arguments.json)
+    check_written("json", arguments.json, printed=arguments.what == "faults")
     check_written("trace", arguments.trace)
     if arguments.what == "blocks":
         from pi_dist.measure.kernel_tuning import tune

@@ -30,7 +30,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.doctor import Diagnosis, describe, diagnose, to_json
     from pi_dist.parallel.process_group import world_size_from_launcher
 
-    check_written("json", arguments.json)
+    check_written("json", arguments.json, printed=True)
     if not arguments.timeout > 0:
         raise ConfigError(f"timeout: timeout ({arguments.timeout}) > 0 does not hold")
     diagnosis = diagnose()

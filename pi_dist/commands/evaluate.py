@@ -32,14 +32,16 @@ def run(arguments: Namespace) -> int:
     import torch.distributed as dist
 
     from pi_dist.data.shards import unigram_entropy
+    from pi_dist.measure.reach import report
     from pi_dist.training.evaluate import evaluate_checkpoint
 
-    check_written("json", arguments.json)
+    check_written("json", arguments.json, printed=True)
     result = evaluate_checkpoint(
         arguments.checkpoint, arguments.data, arguments.context, arguments.sp_degree, arguments.device
     )
     if dist.get_rank() == 0:
-        result |= {"unigram_entropy": unigram_entropy(arguments.data)}
+        reach = report(result.pop("model"), result["context"]).reach_in_context
+        result |= {"reach": reach, "unigram_entropy": unigram_entropy(arguments.data)}
         words = (
             f"{result['loss']:.4f} nats/token (perplexity {result['perplexity']:.2f}) "
             f"at context {result['context']}, reach {result['reach']}; "

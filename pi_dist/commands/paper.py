@@ -8,7 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from pi_dist.commands.shared import UNFINISHED_RECORD, check_written, sizes
-from pi_dist.config import ConfigError
+from pi_dist.config import ConfigError, UserError
 
 
 def parser() -> ArgumentParser:
@@ -42,6 +42,8 @@ def run(arguments: Namespace) -> int:
     a, complete = arguments, True
     check_written("json", a.json)
     record = resume(a.json, {"data": "random tokens"})
+    if any("what" not in row for row in record["rows"]):
+        raise UserError(f"{a.json}: not a record of `pi-dist paper`")
     known = [row for row in record["rows"] if row["what"] == a.what]
     if a.what != "kl" and a.preset not in PRESETS:
         raise ConfigError(f"preset: {a.preset!r} in {', '.join(PRESETS)} does not hold")
@@ -58,10 +60,18 @@ def run(arguments: Namespace) -> int:
             rows = _divergence_rows(a)
         else:
             rows = paper.layer_rows(sizes("contexts", a.contexts), a.preset, choose_device(a.device, 0))
-        record["rows"] = [row for row in record["rows"] if row not in known] + rows
+        again = [_what(row) for row in rows]
+        record["rows"] = [row for row in record["rows"] if _what(row) not in again] + rows
         write(record, a.json)
     print(paper.markdown(record), end="")
     return 0 if complete else UNFINISHED_RECORD
+
+
+def _what(row: dict) -> tuple:
+    """Which row it is: of a measurement done again the last one stays, and of checkpoints the last one."""
+    if row["what"] == "kl":
+        return ("kl",)
+    return tuple(row[key] for key in ("what", "preset", "context", "layer" if "layer" in row else "method"))
 
 
 def _divergence_rows(a: Namespace) -> list[dict]:

@@ -40,7 +40,7 @@ def run(arguments: Namespace) -> int:
     from pi_dist.measure.plan import describe, make_plan, to_json
     from pi_dist.measure.profile import load_profile
 
-    check_written("json", arguments.json)
+    check_written("json", arguments.json, printed=True)
     config = config_of(arguments)
     vocabulary = ""
     if config.model.vocab_size is None:

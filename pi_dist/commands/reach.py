@@ -39,7 +39,7 @@ def parser() -> ArgumentParser:
 def run(arguments: Namespace) -> int:
     from pi_dist.measure.reach import MAX_LAYERS, describe, report, to_json
 
-    check_written("json", arguments.json)
+    check_written("json", arguments.json, printed=True)
     if not 1 <= arguments.layers <= MAX_LAYERS:
         raise ConfigError(f"layers: 1 <= layers ({arguments.layers}) <= {MAX_LAYERS} does not hold")
     if arguments.heads < 1:

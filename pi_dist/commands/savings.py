@@ -89,7 +89,7 @@ def run(arguments: Namespace) -> int:
 
     a = arguments
     check_plot(a.plot)
-    check_written("json", a.json)
+    check_written("json", a.json, printed=True)
     check_written("report", a.report)
     if a.minutes is not None and not a.minutes > 0:
         raise ConfigError(f"minutes: minutes ({a.minutes}) > 0 does not hold")

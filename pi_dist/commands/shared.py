@@ -60,7 +60,7 @@ def config_of(arguments: Namespace) -> Config:
 
 def sizes(name: str, text: str) -> list[int]:
     """Numbers from 1 on with commas between them."""
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
         raise ConfigError(f"{name}: numbers from 1 on with commas between them, not {text!r}")
     return [int(part) for part in text.split(",")]
 
@@ -80,14 +80,19 @@ def check_plot(path: str | None) -> None:
         raise UserError("plot: matplotlib is not installed; pip install 'pi-dist[plot]'")
 
 
-def check_written(name: str, path: str | None) -> None:
-    """Refuse, before any work, a file (path "-": standard output) that could not be written in the end.
+def check_written(name: str, path: str | None, printed: bool = False) -> None:
+    """Refuse, before any work, a file that could not be written in the end.
+
+    Args:
+        printed: the path "-" is standard output.
 
     Raises:
-        ConfigError: its directory is not there, or it is one.
+        ConfigError: its directory is not there, it is one, or standard output where that gets no records.
     """
-    if path in (None, "-"):
+    if path is None or (path == "-" and printed):
         return
+    if path == "-":
+        raise ConfigError(f"{name}: '-' is no file; what is written there is gone on with")
     if Path(path).is_dir():
         raise ConfigError(f"{name}: {path!r} is a directory")
     if not Path(path).absolute().parent.is_dir():

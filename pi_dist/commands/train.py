@@ -76,9 +76,9 @@ def run(arguments: Namespace) -> int:
     from pi_dist.training.trainer import train
 
     if arguments.record is not None:
-        from pi_dist.measure.record import resume
+        from pi_dist.measure.record import training_record
 
-        resume(arguments.record, {})  # refuses one of another device before any work
+        training_record(arguments.record)  # refuses one of another device before any work
     if arguments.ranks is not None:
         check_world_size(arguments.ranks)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pi_dist.config import Config, Method, UserError
+from pi_dist.config import Config, Method, UserError, num_chunks
 from pi_dist.measure.fake_ranks import Request, typical_rank
 from pi_dist.measure.profile import Profile, attention_costs, load_profile, profile_names, write_profile
 from pi_dist.measure.record import RANK, device_name, kept_records, resume, write
@@ -25,16 +25,16 @@ from pi_dist.measure.savings import Terms, config_of
 from pi_dist.measure.step_model import MIB, compute_seconds, gpu_seconds, memory, work
 from pi_dist.measure.workers import OUT_OF_MEMORY, Worker
 
-GPU_CONSTANTS = 4  # of a step's time: of products, of what moves tensors, of layers, of exact attention
+GPU_CONSTANTS = 3  # of a step's time: of what moves tensors, of layers, of exact attention
 TERMS = Terms(chunk_tokens=2048)  # short enough that the host paces what no graph launches
 # method, streamed, tokens, ranks: each constant stands out in some of them
 _POINTS: tuple[tuple[Method, bool, int, int], ...] = (
     ("pi", False, 32768, 1),
     ("dense", False, 32768, 1),
+    ("pi", True, 65536, 1),
     ("pi", False, 131072, 1),
     ("dense", False, 8192, 1),
     ("window", False, 65536, 1),
-    ("pi", True, 65536, 1),
     ("ring", False, 131072, 4),
     ("pi", False, 131072, 4),
 )
@@ -62,13 +62,15 @@ def least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
 def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
     """The profile with the constants of time that fit (config, ranks, seconds without communication) best.
 
-    Steps that the host paces tell of it alone. Which those are is tried: none, then the one with the least
-    work a launch, and so on.
+    Steps in chunks that the host paces tell of it alone. Which those are is tried: none, then the one with
+    the least work a launch, and so on.
     """
 
     def work_of_a_launch(job: tuple[Config, int, float]) -> float:
+        if num_chunks(job[0].training) == 1:
+            return math.inf
         done = work(job[0], job[1], profile)
-        return gpu_seconds(done, profile) / done.launched_layers if done.launched_layers else math.inf
+        return gpu_seconds(done, profile) / done.launched_layers
 
     def error(found: Profile) -> float:
         times = ((compute_seconds(work(config, ranks, found), found), s) for config, ranks, s in jobs)
@@ -77,7 +79,7 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
     jobs = sorted(jobs, key=work_of_a_launch)
     found = []
     can_be_paced = sum(work_of_a_launch(job) < math.inf for job in jobs)
-    for paced in range(min(can_be_paced, len(jobs) - GPU_CONSTANTS) + 1):
+    for paced in range(min(can_be_paced, len(jobs) - GPU_CONSTANTS - 1) + 1):
         launched = [
             1e6 * s / work(config, ranks, profile).launched_layers for config, ranks, s in jobs[:paced]
         ]
@@ -88,29 +90,24 @@ def fit_time(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile
     return best if best.host_layer_us else replace(best, host_layer_us=profile.host_layer_us)
 
 
-def fit_gpu(
-    profile: Profile, jobs: list[tuple[Config, int, float]], matmul_share: float | None = None
-) -> Profile:
-    """The constants of the GPU's time, from steps that the host does not pace; `matmul_share`: if known."""
-    base = replace(profile, matmul_share=matmul_share or 1.0, block_moves=1.0)
-    rate = base.matmul_share * base.matmul_flops_per_s  # none is above the measured one
+def fit_gpu(profile: Profile, jobs: list[tuple[Config, int, float]]) -> Profile:
+    """The constants of the GPU's time, from steps that the host does not pace.
+
+    That of products is given: the same tokens are multiplied and moved, so steps do not tell them apart.
+    """
     rows, target = [], []
     for config, ranks, seconds in jobs:
-        done = work(config, ranks, base)
+        done = work(config, ranks, profile)
         exact = gpu_seconds(
-            replace(done, matmul_flops=0, moved_bytes=0, layers=0, fixed_seconds=0), base
+            replace(done, matmul_flops=0, moved_bytes=0, layers=0, fixed_seconds=0), profile
         )  # in the ratio of forward and backward that the profile has
-        products = done.matmul_flops / rate
-        parts = (products, done.moved_bytes / base.copy_bytes_per_s, 1e-6 * done.layers, exact)
+        products = done.matmul_flops / (profile.matmul_share * profile.matmul_flops_per_s)
+        parts = (done.moved_bytes / profile.copy_bytes_per_s, 1e-6 * done.layers, exact)
         rows.append([part / seconds for part in parts])
         target.append(1 - (products + done.fixed_seconds) / seconds)
-    columns = np.array(rows)
-    if matmul_share is not None:
-        columns[:, 0] = 0.0
-    slower, moves, layer_us, exact = least_squares(columns, np.array(target))
+    moves, layer_us, exact = least_squares(np.array(rows), np.array(target))
     return replace(
         profile,
-        matmul_share=base.matmul_share / (1 + float(slower)),
         block_moves=float(moves),
         gpu_layer_us=float(layer_us),
         exact_forward_flops_per_s=profile.exact_forward_flops_per_s / (float(exact) or 1.0),
@@ -158,12 +155,13 @@ def fitted(profile: Profile, record: dict[str, Any], source: str) -> Profile:
         UserError: fewer steps than constants.
     """
     times = [(config, ranks, ms / 1e3) for config, ranks, ms in jobs_of(record, "ms")]
-    if len(times) < 4:
-        raise UserError(f"calibrate: measured steps ({len(times)}) >= 4 does not hold")
+    least = GPU_CONSTANTS + 2  # of which the host paces one
+    if len(times) < least:
+        raise UserError(f"calibrate: measured steps ({len(times)}) >= {least} does not hold")
     settings = record["settings"]
     rates = {name: settings[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s", "memory_mib")}
     found = fit_memory(fit_time(replace(profile, **rates), times), jobs_of(record, "peak_mib"))
-    names = [*rates, "matmul_share", "block_moves", "gpu_layer_us", "exact_forward_flops_per_s",
+    names = [*rates, "block_moves", "gpu_layer_us", "exact_forward_flops_per_s",
              "exact_backward_flops_per_s", "block_copies", "fixed_mib"]  # fmt: skip
     if found.host_layer_us != profile.host_layer_us:
         names.append("host_layer_us")

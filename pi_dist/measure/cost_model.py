@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from pi_dist.config import Config, ConfigError, num_chunks
+from pi_dist.config import Config, num_chunks
 from pi_dist.ops.pattern import layer_patterns
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -43,22 +43,24 @@ def _covered(intervals: Iterable[tuple[int, int]]) -> int:
 
 @lru_cache(maxsize=4096)
 def _rows_in_chunks(
-    window: int, stride: int, num_skips: int, begin: int, length: int, ranks: int, chunk_tokens: int
+    window: int, strides: tuple[int, ...], num_skips: int, begin: int, length: int, ranks: int, chunk: int
 ) -> int:
-    """Rows that all ranks receive for a chunk that begins there, whose shards are so long.
+    """Rows that all ranks receive for a chunk of `chunk` tokens that begins there, whose shards are so long.
 
-    As `rows_received`, but that a rank holds some of what is before its shard: its shards of earlier chunks.
+    As `rows_received`, but that queries may have several strides, and that a rank holds some of what is
+    before its shard: its shards of earlier chunks.
     """
-    total, reach = 0, max(window, num_skips * stride)
+    total, reach = 0, max(window, num_skips * max(strides))
     for rank in range(ranks):
         start = begin + rank * length
         wanted = [(start - window, start)]
-        for offset in range(stride, num_skips * stride + 1, stride):
-            if offset > window:
-                wanted.append((start - offset, min(start, start - offset + length)))
-        mine, size = rank * (chunk_tokens // ranks), chunk_tokens // ranks
-        first = max(0, (start - reach) // chunk_tokens) * chunk_tokens
-        own = [(at + mine, at + mine + size) for at in range(first, begin, chunk_tokens)]
+        for stride in strides:
+            for offset in range(stride, num_skips * stride + 1, stride):
+                if offset > window:
+                    wanted.append((start - offset, min(start, start - offset + length)))
+        mine, size = rank * (chunk // ranks), chunk // ranks
+        first = max(0, (start - reach) // chunk) * chunk
+        own = [(at + mine, at + mine + size) for at in range(first, begin, chunk)]
         total += _covered([*((max(0, a), b) for a, b in wanted), *own]) - _covered(own)
     return total
 
@@ -75,20 +77,16 @@ def _pi_bytes(config: Config, layer: int) -> int:
     forwards = 2 if training.activation_checkpointing is True else 1
     last_layer, element, total = layer == model.num_layers - 1, BYTES[training.precision], 0
     for group in pattern.head_groups(model.num_heads, model.kv_heads):
-        if len(set(group.strides)) > 1:
-            raise ConfigError(
-                f"model.num_kv_heads: strides of the {len(group.strides)} query heads of a key/value head "
-                f"({', '.join(map(str, sorted(set(group.strides))))}) are equal does not hold; what they "
-                "receive together has no closed form"
-            )
-        of_group = (pattern.window, group.strides[0], pattern.num_skips)
+        strides = tuple(sorted(set(group.strides)))
         for chunk in range(chunks):
             begin = min(chunk, -(-pattern.reach() // chunk_tokens)) * chunk_tokens  # farther on all are alike
             here = min(length, (training.context - chunk * chunk_tokens) // ranks)
-            if chunks == 1:
-                rows = sum(rows_received(*of_group, rank * here, here) for rank in range(ranks))
+            if chunks == 1 and len(strides) == 1:
+                of_all = (pattern.window, *strides, pattern.num_skips)
+                rows = sum(rows_received(*of_all, rank * here, here) for rank in range(ranks))
             else:
-                rows = _rows_in_chunks(*of_group, begin, here, ranks, chunk_tokens)
+                of_all = (pattern.window, strides, pattern.num_skips)
+                rows = _rows_in_chunks(*of_all, begin, here, ranks, chunk_tokens)
             passes = forwards + (chunk < chunks - 1 and not last_layer)
             total += 2 * model.head_dim * len(group.kv_heads) * rows * (passes * element + 4)
     return total
@@ -122,9 +120,6 @@ def exchanged_bytes(config: Config, layer: int) -> float:
     - ring: K and V in P-1 steps forward and again backward, where their fp32 gradients make P steps;
       among other layers `rebalanced_bytes` too.
     - ulysses: a (P-1)/P share of q, k, v and out forward, and of their gradients backward.
-
-    Raises:
-        ConfigError: the query heads of a key/value head have several strides.
     """
     model, training, ranks = config.model, config.training, config.parallel.sp_degree
     element, length = BYTES[training.precision], training.context // ranks

@@ -56,7 +56,7 @@ class _Job:
 
 
 def examine(timeout_s: float = 30.0) -> list[Finding]:
-    """Findings about the ranks of this job, on rank 0; on other ranks nothing. Every rank calls it.
+    """Findings about the ranks of this job, on rank 0; on others that it is not there. All call it.
 
     Every wait for others ends after timeout_s; the whole takes at most about four times that. Starts the
     default process group if it can.

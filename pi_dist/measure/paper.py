@@ -190,10 +190,11 @@ def markdown(record: dict[str, Any]) -> str:
         what: [row for row in record["rows"] if row["what"] == what] for what in ("table", "layer", "kl")
     }
     parts = [f"On {record['device']}."]
-    if by_what["table"]:
-        parts.append(_table(by_what["table"]))
-    if by_what["layer"]:
-        parts.append(_layers(by_what["layer"]))
+    presets = {row["preset"] for what in ("table", "layer") for row in by_what[what]}
+    for what, tabled in (("table", _table), ("layer", _layers)):
+        for preset in dict.fromkeys(row["preset"] for row in by_what[what]):
+            parts += [f"The {preset} model:"] if len(presets) > 1 else []
+            parts.append(tabled([row for row in by_what[what] if row["preset"] == preset]))
     if by_what["kl"]:
         parts.append(_divergences(by_what["kl"]))
     return "\n\n".join(parts) + "\n"

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from pi_dist.config import Config, ConfigError, check
+from pi_dist.config import Config, ConfigError, Method, check
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.reach import report
-from pi_dist.measure.step_model import Memory, Time, memory, step_time
+from pi_dist.measure.step_model import Memory, Time, looks_beyond_a_chunk, memory, step_time
 
 MOST_GPUS = 4096  # that are tried
 MIN_CHUNK = 4096  # tokens of a rank, of chunks that are tried
 SHOWN = 4  # changes
+_CHUNK = "training.chunk_tokens"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class Plan:
     gpus: int
     gpu: str
     tensors_mib: float
-    memory: Memory
+    memory: Memory | None
+    refused: str
+    """Why there is none: rows that chunks keep have no room."""
     time: Time
+    looks_beyond_a_chunk: bool
     tokens: int
     """Of one optimizer step."""
     reach: int
@@ -45,14 +49,14 @@ class Plan:
     covered_share: float
     changes: tuple[Change, ...]
     """What would make it fit, if it does not."""
-    more_gpus: tuple[int, int] | None
-    """(how many, sp_degree) with which it would, if no change helps; None: with none that was tried."""
+    more_gpus: tuple[int, str] | None
+    """(how many, with which flags) with which it would, if no change helps; None: none that was tried."""
     gpus_of_a_node: int
     precision: str
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.tensors_mib
+        return self.memory is not None and self.memory.total <= self.tensors_mib
 
 
 def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> Plan:
@@ -63,9 +67,13 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
     """
     check(config, gpus)
     reach = report(config.model, config.training.context)
-    need = memory(config, gpus, profile)
+    need, refused = None, ""
+    try:
+        need = memory(config, gpus, profile)
+    except ConfigError as reason:
+        refused = str(reason)
     changes, more_gpus = (), None
-    if need.total > profile.tensors_mib:
+    if need is None or need.total > profile.tensors_mib:
         changes = tuple(_that_fit(config, gpus, profile, network))
         more_gpus = None if changes else _more_gpus(config, gpus, profile)
     return Plan(
@@ -73,6 +81,8 @@ def make_plan(config: Config, gpus: int, profile: Profile, network: Network) -> 
         gpu=profile.label,
         tensors_mib=profile.tensors_mib,
         memory=need,
+        refused=refused,
+        looks_beyond_a_chunk=looks_beyond_a_chunk(config),
         time=step_time(config, gpus, profile, network),
         tokens=config.training.context * config.training.batch_size,
         reach=reach.reach_in_context,
@@ -94,29 +104,54 @@ def _memory(config: Config, gpus: int, profile: Profile) -> Memory | None:
         return None
 
 
-def _more_gpus(config: Config, gpus: int, profile: Profile) -> tuple[int, int] | None:
-    """The least multiple of the GPUs that has the memory: they share sequences, or else optimizer states."""
-    p = config.parallel
-    for factor in range(2, MOST_GPUS // gpus + 1):
-        for sp_degree in (p.sp_degree * factor, p.sp_degree):
-            other = replace(config, parallel=replace(p, sp_degree=sp_degree))
-            need = _memory(other, gpus * factor, profile)
-            if need is not None and need.total <= profile.tensors_mib:
-                return gpus * factor, sp_degree
+def _more_gpus(config: Config, gpus: int, profile: Profile) -> tuple[int, str] | None:
+    """The least multiple of the GPUs that has the memory: they share sequences, or else optimizer states.
+
+    Where none has, as with dense attention: with rings.
+    """
+    sp_degree = config.parallel.sp_degree
+    for other in ({}, *_rings(config)):
+        for factor in range(2, MOST_GPUS // gpus + 1):
+            for shared in (sp_degree * factor, sp_degree):
+                settings = other | {"parallel.sp_degree": shared}
+                need = _memory(_with(config, settings), gpus * factor, profile)
+                if need is not None and need.total <= profile.tensors_mib:
+                    return gpus * factor, _flags(settings)
     return None
 
 
+def _rings(config: Config) -> list[dict[str, Any]]:
+    """Rings in the place of what exact layers cannot be split so, if there are such layers."""
+    ring: dict[Method, Method] = {"dense": "ring", "ulysses": "ring"}
+    if not set(ring) & set(config.model.methods):
+        return []
+    methods = [ring.get(method, method) for method in config.model.methods]
+    return [{"model.method": methods[0] if len(set(methods)) == 1 else methods}]
+
+
 def _that_fit(config: Config, gpus: int, profile: Profile, network: Network) -> Iterator[Change]:
-    """Changes that are enough, none of which holds another."""
+    """The first changes that are enough, none of which holds another."""
     enough: list[dict[str, Any]] = []
     for settings, other in _alternatives(config, gpus):
-        if any(fewer.items() <= settings.items() for fewer in enough):
+        if any(_holds(settings, fewer) for fewer in enough):
             continue
         need = _memory(other, gpus, profile)
         if need is not None and need.total <= profile.tensors_mib:
             enough.append(settings)
+            if len(enough) > SHOWN:
+                return
             seconds = step_time(other, gpus, profile, network).total
             yield Change(_flags(settings), need.total, need.host, seconds)
+
+
+def _holds(settings: dict[str, Any], fewer: dict[str, Any]) -> bool:
+    """Whether these are all of those, or shorter chunks in the place of theirs."""
+
+    def is_there(name: str, value: Any) -> bool:
+        mine = settings.get(name)
+        return mine == value or (name == _CHUNK and mine is not None and mine < value)
+
+    return all(is_there(name, value) for name, value in fewer.items())
 
 
 def _alternatives(config: Config, gpus: int) -> Iterator[tuple[dict[str, Any], Config]]:
@@ -125,7 +160,10 @@ def _alternatives(config: Config, gpus: int) -> Iterator[tuple[dict[str, Any], C
     single: list[dict[str, Any]] = []
     if t.precision == "fp32":
         single.append({"training.precision": "bf16"})
-    single += [{"parallel.sp_degree": d} for d in range(p.sp_degree + 1, gpus + 1) if gpus % d == 0]
+    more_ranks = [{"parallel.sp_degree": d} for d in range(p.sp_degree + 1, gpus + 1) if gpus % d == 0]
+    single += more_ranks
+    for ring in _rings(config):
+        single += [ring | ranks for ranks in more_ranks] or [ring]
     single += [{"parallel.zero_stage": stage} for stage in (1, 2, 3) if stage > p.zero_stage]
     if t.micro_batch_size > 1:
         single.append({"training.micro_batch_size": 1})
@@ -139,10 +177,10 @@ def _alternatives(config: Config, gpus: int) -> Iterator[tuple[dict[str, Any], C
         single.append({"training.mlp_tile_tokens": 8192})
     if t.chunk_tokens is None and not t.activation_offload:
         single.append(recompute | {"training.activation_offload": True})
-    longest = t.chunk_tokens or 16384 * p.sp_degree
-    for chunk in (longest // 2, longest // 4, longest // 16, longest // 64):
-        if chunk % p.sp_degree == 0 and MIN_CHUNK * p.sp_degree <= chunk < t.context:
-            single.append({"training.chunk_tokens": chunk})
+    for share in (2, 4, 16, 64, 256, 1024):
+        chunk = (t.chunk_tokens or t.context) // share
+        if chunk % p.sp_degree == 0 and MIN_CHUNK * p.sp_degree <= chunk:
+            single.append({_CHUNK: chunk})
     for number in (1, 2, 3):
         for several in combinations(single, number):
             joined = {key: value for settings in several for key, value in settings.items()}
@@ -160,7 +198,7 @@ def _flags(settings: dict[str, Any]) -> str:
 
 def _with(config: Config, settings: dict[str, Any]) -> Config:
     """The run with other settings, by their dotted names."""
-    rooms: dict[str, dict[str, Any]] = {"parallel": {}, "training": {}}
+    rooms: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "training": {}}
     for name, value in settings.items():
         room, field = name.split(".")
         rooms[room][field] = value
@@ -175,10 +213,15 @@ def to_json(plan: Plan) -> dict:
 def describe(plan: Plan) -> str:
     """The plan in words."""
     m, seconds = plan.memory, plan.time.total
+    need = plan.refused
+    if m is not None:
+        need = (
+            f"{m.total:,.0f} MiB of {plan.tensors_mib:,.0f}: parameters, optimizer and "
+            f"gradients {m.states:,.0f}, kept {m.kept:,.0f}, working set {m.working:,.0f}"
+        )
     lines = [
         f"predicted for {plan.gpus} × {plan.gpu}; nothing was run",
-        f"memory of a GPU   {m.total:,.0f} MiB of {plan.tensors_mib:,.0f}: parameters, optimizer and "
-        f"gradients {m.states:,.0f}, kept {m.kept:,.0f}, working set {m.working:,.0f}",
+        f"memory of a GPU   {need}",
         f"step              {1e3 * seconds:,.0f} ms for {plan.tokens:,} tokens, "
         f"{plan.tokens / seconds:,.0f} tokens/s; of it waiting for others "
         f"{1e3 * plan.time.communication:,.0f} ms",
@@ -192,7 +235,12 @@ def describe(plan: Plan) -> str:
             f"warning           context ({plan.context:,}) > reach ({plan.reach:,}): tokens farther back "
             "cost memory and time and change nothing; see pi-dist reach"
         )
-    if m.host:
+    if plan.looks_beyond_a_chunk:
+        lines.append(
+            "far rows          layers look beyond a chunk: reading rows kept of others is not in the time; "
+            "steps that did so took 2 to 4 times as long"
+        )
+    if m is not None and m.host:
         lines.append(
             f"host memory       {m.host:,.0f} MiB a GPU, {m.host * plan.gpus_of_a_node:,.0f} of a node, for "
             "kept rows or inputs of blocks; the time is without moving them"
@@ -201,7 +249,7 @@ def describe(plan: Plan) -> str:
         if plan.changes:
             said = "one of these would:"
         elif plan.more_gpus:
-            said = "--gpus {} --parallel.sp_degree={} would".format(*plan.more_gpus)
+            said = "--gpus {} {} would".format(*plan.more_gpus)
         else:
             said = f"nor with any change that was tried, nor on up to {MOST_GPUS:,} GPUs as it is"
         lines.append(f"does not fit      {said}")

@@ -17,6 +17,7 @@ from pi_dist.ops.pattern import PiPattern, default_num_strides, layer_patterns, 
 MAX_LAYERS = 1024
 """Depth at which `fewest_layers_covering` gives up."""
 
+_QUICK = 2**31  # layers times tokens for which it is found out within seconds
 _GRID_ROWS = 8
 _GRID_SPAN = 16
 _BAR_CELLS = 48
@@ -262,6 +263,15 @@ def _strides_in_words(report: ReachReport) -> str:
     return f"{skips} with strides {distinct[0]:,} to {distinct[-1]:,} {where} ({report.schedule})"
 
 
+def _layers_to(model: ModelConfig, distance: int) -> str:
+    """How many reach exactly so far, or at least, where that takes long to find; empty if none do."""
+    least = fewest_layers(model, distance)
+    if least is None:
+        return ""
+    found = fewest_layers_covering(model, distance) if least * distance < _QUICK else None
+    return f"at least {least:,}" if found is None else f"{found:,}"
+
+
 def describe(report: ReachReport) -> str:
     """The report in words, with a picture of one layer's attention and a bar of what the stack covers."""
     r = report
@@ -281,12 +291,10 @@ def describe(report: ReachReport) -> str:
         )
     unseen = last - r.reach_in_context
     if unseen > 0:
-        lines.append(
-            f"WARNING: the context exceeds the reach: the last token cannot see the first {unseen:,} tokens."
-        )
-        needed = fewest_layers(r.model, last)
-        if needed is not None:
-            lines.append(f"  Layers of this kind that it takes to reach the first token: {needed:,}.")
+        why = "the context exceeds the reach" if r.reach < last else "no path through the layers gets there"
+        lines.append(f"WARNING: {why}: the last token cannot see the first {unseen:,} tokens.")
+        if needed := _layers_to(r.model, last):
+            lines.append(f"  Layers of this kind that it takes to reach the first token: {needed}.")
         if r.schedule == "fixed" and r.num_skips > 0:
             doubling = total_reach(
                 layer_patterns(dataclasses.replace(r.model, schedule="doubling"), r.context)

@@ -106,6 +106,18 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
     }
 
 
+def training_record(path: str) -> dict:
+    """The record of training runs at `path`, or a fresh one.
+
+    Raises:
+        UserError: it is of another device or of other versions, or of something else.
+    """
+    record = resume(path, {})
+    if any("heldout_loss" not in row for row in record["rows"]):
+        raise UserError(f"{path}: not a record of `pi-dist train`")
+    return record
+
+
 def add_training_run(path: str, config: Config, world_size: int, outcome: Outcome) -> None:
     """Add a row of one training run to the record at `path`; its time is the median without the first steps.
 
@@ -113,10 +125,9 @@ def add_training_run(path: str, config: Config, world_size: int, outcome: Outcom
     are finite ones. text_tokens are those of the training text: with "join", a context of more repeats it.
 
     Raises:
-        UserError: the record is of another device or of other versions.
+        UserError: see `training_record`.
     """
-    t = config.training
-    record = resume(path, {})
+    t, record = config.training, training_record(path)
     losses = [loss for loss in outcome.losses if math.isfinite(loss)] or [None]
     seconds = statistics.median(outcome.step_seconds[min(WARM_UP_STEPS, len(outcome.step_seconds) // 2) :])
     row = step_row(config, world_size, seconds, outcome.num_parameters) | {

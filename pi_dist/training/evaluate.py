@@ -12,7 +12,6 @@ from pi_dist.config import Config, ConfigError, ParallelConfig, accumulation_ste
 from pi_dist.data.loader import SequenceLoader
 from pi_dist.data.shards import ShardIndex, check_labels
 from pi_dist.model.loss import IGNORE
-from pi_dist.ops.pattern import total_reach
 from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import Mesh, make_mesh
 from pi_dist.parallel.process_group import of_rank_zero, start
@@ -76,7 +75,7 @@ def evaluate_checkpoint(
     Rank 0 finds the checkpoint for all: a run may save, and delete, others meanwhile.
 
     Returns:
-        checkpoint, step, context, loss (nats a token), perplexity, reach (tokens).
+        checkpoint, step, context, loss (nats a token), perplexity, model (its ModelConfig).
 
     Raises:
         ConfigError, ShardError, CheckpointError: as in training.
@@ -126,6 +125,6 @@ def evaluate_checkpoint(
         "step": checkpoint.step,
         "context": context,
         "loss": loss,
+        "model": config.model,
         "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item(),  # inf beyond the largest number
-        "reach": total_reach(model.patterns),
     }
