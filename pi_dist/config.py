@@ -437,7 +437,10 @@ def check(config: Config, world_size: int = 1) -> None:
         f"context ({t.context}) > 1 for data.packing 'join'",
         "the last token of a sequence has no next one",
     )
-    _require(t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})")
+    if not set(m.methods) <= set(EXACT_METHODS):
+        _require(
+            t.context > m.window, "training.context", f"context ({t.context}) > model.window ({m.window})"
+        )
     for key, whole_modules in (
         ("compile", t.compile),
         ("activation_checkpointing", t.activation_checkpointing == "selective"),

@@ -16,6 +16,7 @@ from test_cost_model import H100, job, run
 from pi_dist.config import ConfigError, UserError
 from pi_dist.measure import savings_points
 from pi_dist.measure.profile import NETWORKS, write_profile
+from pi_dist.measure.record import kept_records, write
 from pi_dist.measure.savings import (
     Budget,
     Terms,
@@ -519,6 +520,7 @@ def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn
         (["--max-gpus", "0"], "max_gpus (0) >= 1"),
         (["--network", "carrier"], "network: 'carrier' in"),
         (["--fabric-gbytes-per-s", "0"], "fabric_bytes_per_s (0.0) > 0"),
+        (["--mlp-tile-tokens", "0"], "mlp_tile_tokens (0) >= 1 does not hold"),
         (["--node-gbytes-per-s", ".nan"], "node_bytes_per_s (nan) > 0"),
         (["--from", "pyproject.toml"], "not a record of `pi-dist savings`"),
     ],
@@ -570,3 +572,30 @@ def test_a_task_of_the_array_takes_its_context(tmp_path):
     for number, arguments, said in (("0", (), "usage"), ("13", ("out",), "task (13) < 13 does not hold")):
         refused = task(number, *arguments)
         assert refused.returncode == 2 and said in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        ("rows", {"gpus": "many"}, "gpus ('many') is of type str"),
+        ("rows", {"gpus": 1, "ms": None}, "ms (None) is of type NoneType"),
+        ("rows", {"preset": ...}, "no 'preset'"),
+        ("rows", {"checks": [{"num_gpus": 1}]}, "no '"),
+        ("points", {"job": 5}, "job (5) is of type int"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_line(tmp_path, capsys, place, change, said):
+    record = kept_records()["savings_time_h100"]
+    first = record[place][0] | change
+    record[place][0] = {key: value for key, value in first.items() if value is not ...}
+    write(record, str(tmp_path / "s.json"))
+    assert run("savings", "--from", str(tmp_path / "s.json")) == 2
+    error = capsys.readouterr().err
+    assert "s.json: not a record of `pi-dist savings`: " in error and said in error and error.count("\n") == 1
+
+
+def test_several_gpus_share_chunks_that_divide_the_context():
+    chunk = {p: config_of("small", "pi", True, 10**6, p, Terms()).training.chunk_tokens for p in (1, 2, 4)}
+    assert chunk == {1: 32768, 2: 62500, 4: 125000}
+    with pytest.raises(ConfigError, match="chunk_tokens"):
+        config_of("small", "pi", True, 2 * 1_000_003, 2, Terms())

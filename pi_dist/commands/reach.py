@@ -26,6 +26,7 @@ def parser() -> ArgumentParser:
         default="fixed",
         help="strides of the layers",
     )
+    p.add_argument("--strides", type=list[int] | None, default=None, help="one for each layer, in brackets")
     p.add_argument(
         "--num-strides", type=int | None, default=None, help="c; default: all strides below the context"
     )
@@ -54,6 +55,7 @@ def run(arguments: Namespace) -> int:
         stride=arguments.stride,
         num_skips=arguments.num_skips,
         schedule=arguments.schedule,
+        strides=None if arguments.strides is None else tuple(arguments.strides),
         num_strides=arguments.num_strides,
     )
     check_model(model)

@@ -100,8 +100,8 @@ def run(arguments: Namespace) -> int:
         if path is not None:
             write(record, path)
     else:
-        for key in ("chunk_tokens", "max_gpus"):
-            if a[key] < 1:
+        for key in ("chunk_tokens", "max_gpus", "mlp_tile_tokens"):
+            if a[key] is not None and a[key] < 1:
                 raise ConfigError(f"{key}: {key} ({a[key]}) >= 1 does not hold")
         terms = Terms(
             zero_stage=a.zero_stage,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from pi_dist.config import UserError
 
 _FOLDER = Path(__file__).parent / "profiles"
+_MAY_BE_ZERO = ("overhead_mib", "block_moves", "gpu_layer_us", "host_layer_us", "block_copies", "fixed_mib",
+                "window", "num_skips")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,16 @@ def profile_from(values: dict[str, Any]) -> Profile:
         TypeError, KeyError or AttributeError: the values are not those of a profile.
     """
     costs = tuple(AttentionCost(**cost) for cost in values["attention"])
-    return Profile(**values | {"attention": costs})
+    profile = Profile(**values | {"attention": costs})
+    parts = [constants(profile), *map(asdict, costs)]
+    numbers = [item for part in parts for item in part.items()]
+    for name, value in numbers:
+        least = 0 if name in _MAY_BE_ZERO else math.ulp(0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise TypeError(f"{name} ({value!r}) {'>= 0' if least == 0 else '> 0'} does not hold")
+    if not costs:
+        raise TypeError("attention: entries (0) >= 1 does not hold")
+    return profile
 
 
 def load_profile(name: str) -> Profile:
@@ -185,7 +197,8 @@ def load_profile(name: str) -> Profile:
     try:
         return profile_from(json.loads(path.read_text("utf-8")))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not a profile of `pi-dist calibrate`: {error}") from error
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not a profile of this version's `pi-dist calibrate`: {said}") from error
 
 
 def write_profile(profile: Profile, path: str) -> None:

@@ -121,12 +121,12 @@ def model_of(preset: str, method: Method, terms: Terms) -> ModelConfig:
 def config_of(
     preset: str, method: Method, streamed: bool, context: int, num_gpus: int, terms: Terms
 ) -> Config:
-    """One sequence over all GPUs.
+    """One sequence over all GPUs; several share chunks that divide it.
 
     Raises:
         ConfigError: the method cannot be split so; the message says why.
     """
-    chunk = min(context, terms.chunk_tokens * num_gpus)
+    chunk = _chunk(context, num_gpus, terms.chunk_tokens)
     if streamed and chunk == context:
         raise ConfigError(
             f"chunk_tokens: {terms.chunk_tokens} tokens a GPU × {num_gpus} < context ({context}) "
@@ -148,6 +148,18 @@ def config_of(
     )
     check(config, num_gpus)
     return config
+
+
+def _chunk(context: int, num_gpus: int, chunk_tokens: int) -> int:
+    """Tokens of the longest chunks of at most so many a GPU that all can share, down to a tenth of these."""
+    longest = min(context, chunk_tokens * num_gpus)
+    if num_gpus > 1:
+        fewest_chunks = -(-context // longest)
+        for number in range(fewest_chunks, 10 * fewest_chunks + 1):
+            chunk, rest = divmod(context, number)
+            if rest == 0 and chunk % num_gpus == 0:
+                return chunk
+    return longest
 
 
 def divisors(number: int, limit: int) -> list[int]:
@@ -434,12 +446,35 @@ def begun(path: str | None, lab: Lab) -> dict[str, Any]:
 
 
 def _check_savings(path: str, record: dict[str, Any]) -> None:
-    """Raise UserError unless it is a record of savings."""
+    """Raise UserError unless it is a record of savings, with all that is read of it."""
     try:
-        [row["gpus"] for row in record["rows"]]
         profile_from(record["settings"]["profile"])
+        for row in record["rows"]:
+            _check_row(row)
+        for point in record.get("points", ()):
+            _check_types(point, {"job": str, "what": str, "status": str}, ("peak_mib", "ms"))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a record of `pi-dist savings`: {error}") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not a record of `pi-dist savings`: {reason}") from error
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError for a row that lacks something, or has it of another kind."""
+    for key in _IDENTITY:
+        row[key]
+    _check_types(row, {"note": str, "reach": int, "covered_share": float, "gpus": int | None})
+    numbers = {"peak_mib": float | int, "ms": float | int}
+    of_point = {"num_gpus": int, "memory_source": str, "time_source": str, "predicted_mib": float | int}
+    if row["gpus"] is not None:
+        _check_types(row, numbers | {"memory_source": str, "time_source": str})
+    for point in row.get("checks", ()):
+        _check_types(point, of_point | {"predicted_ms": float | int}, tuple(numbers))
+
+
+def _check_types(values: dict[str, Any], kinds: dict[str, Any], or_none: Sequence[str] = ()) -> None:
+    for key, kind in kinds.items() | {(key, float | int | None) for key in or_none}:
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} ({values[key]!r}) is of type {type(values[key]).__name__}")
 
 
 def _check_same(path: str, mine: dict[str, Any], where: str, theirs: dict[str, Any]) -> None:
