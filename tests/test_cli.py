@@ -293,6 +293,11 @@ def test_other_bad_input_is_one_line(capsys, tmp_path):
         capsys, "plan", *fast
     )
     assert "schedule" in refused(capsys, "reach", "--schedule=random")
+    for what in (["paper", "layer"], ["bench", "sp"], ["calibrate", "--record=r.json"]):
+        assert "json: '-' is no file" in refused(capsys, *what, "--json=-")
+    assert "two ranks on GPUs" in refused(
+        capsys, "bench", "sp", "--json=s.json", "--trace=t.json", f"--plot={tmp_path}/p.svg"
+    )
     assert "frobnicate" in refused(capsys, "frobnicate")
     assert "output" in refused(capsys, "prepare", tmp_path)
 

@@ -70,6 +70,20 @@ def test_table_and_layers_are_measured_and_stand_beside_the_papers(tmp_path, cap
     assert "The paper says gathers and gate < 3 %" in said
 
 
+def test_what_is_measured_again_takes_the_place_of_that_alone(tmp_path, capsys):
+    path = tmp_path / "paper.json"
+    for context in ("64", "128", "64"):
+        flags = ["--preset=tiny", "--device=cpu", f"--contexts={context}", f"--json={path}"]
+        assert run("paper", "layer", *flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["context"] for row in rows] == [128] * 3 + [64] * 3
+    said = paper.markdown({"device": "cpu", "rows": [*rows, *(row | {"preset": "small"} for row in rows)]})
+    assert said.index("The tiny model:") < said.index("The small model:")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": [{"ms": 1.0}]}))
+    assert run("paper", "layer", "--preset=tiny", f"--json={path}") == 2
+    assert "not a record of `pi-dist paper`" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_asked_for(tmp_path, capsys):
     record = str(tmp_path / "p.json")
     assert run("paper", "kl", "--json", record) == 2

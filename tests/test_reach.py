@@ -251,6 +251,9 @@ def test_description_warns_when_the_context_exceeds_the_reach():
     assert "171 of the 32,767 earlier tokens" in text
     assert "Proposition 1 bounds the reach by 112: the pattern reaches 192" in text
     assert "WARNING" not in reach.describe(reach.report(PAPER, 100))
+    holes = reach.describe(reach.report(ModelConfig(schedule="doubling"), 32768))
+    assert "no path through the layers gets there: the last token cannot see the first 11 tokens" in holes
+    assert "takes to reach the first token: 15." in holes
 
 
 def picture(model: ModelConfig, context: int) -> list[str]:

@@ -510,6 +510,7 @@ def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn
         (["--plot", "nowhere/curves.svg"], "plot: 'nowhere' is not a directory"),
         (["--context", "4k"], "context: numbers from 1 on with commas"),
         (["--context", "4096,0"], "context: numbers from 1 on with commas"),
+        (["--context", "²"], "context: numbers from 1 on with commas"),
         (["--context", "1"], "context (1) >= 2"),
         (["--gpu", "TPU"], "gpu: 'TPU' in"),
         (["--gpu", "this"], "gpu: GPUs of this machine (0) >= 1 does not hold"),

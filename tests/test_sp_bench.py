@@ -267,6 +267,8 @@ def test_more_ranks_than_there_are_are_predicted(tmp_path):
     rows = {(row["method"], row["num_skips"], row["world_size"]): row for row in rows_of(path)}
     assert len(rows) == len(rows_of(path)) == 10 and not any(row["measured"] for row in rows.values())
     assert "num_kv_heads (12) % parallel.sp_degree (8)" in rows["ulysses", 0, 8]["note"]
+    whole = [row for row in rows.values() if row["ms"] is not None]  # of the GPU, not of what predicts
+    assert all(row["compiled"] and 0.2 < row["mfu"] < 0.9 and row["reserved_mib"] is None for row in whole)
     measured = kept_records()["sp_four_h200"]["rows"]
     for row in (row for row in measured if (row["sp_degree"], row["tokens"]) == (4, 131072)):
         predicted = rows[row["method"], row["num_skips"], 4]
@@ -371,15 +373,6 @@ def test_a_ring_among_other_layers_sends_what_the_formula_says(num_ranks, recomp
     alone = replace(config, model=replace(model, method="ring"))
     more = 2 * rebalanced_bytes(config)  # of two sequences
     assert exchanged_bytes(config, 1) - exchanged_bytes(alone, 1) == pytest.approx(more)
-
-
-def test_several_strides_in_a_group_have_no_closed_form():
-    setup = sp_bench.Setup("tiny", "pi", 2, 4, 16, 1)
-    config = setup.config(64, 2, "cpu", "fp32")
-    model = {"num_kv_heads": 1, "schedule": "per_head"}
-    config = config.from_dict(config.to_dict() | {"model": config.to_dict()["model"] | model})
-    with pytest.raises(ValueError):
-        exchanged_bytes(config, 0)
 
 
 def models_left(path):

@@ -171,9 +171,13 @@ def _sp(arguments: Namespace) -> bool:
     from pi_dist.measure.figures import draw_timeline
     from pi_dist.measure.profile import load_profile
     from pi_dist.measure.sp_bench import bench, is_last_rank, predict
+    from pi_dist.parallel.process_group import world_size_from_launcher
 
     if arguments.plot is not None and arguments.trace is None:
         raise ConfigError("bench sp: --plot FILE needs --trace FILE, which it draws")
+    alone = world_size_from_launcher() < 2 or arguments.device == "cpu"
+    if arguments.plot is not None and alone:
+        raise ConfigError("bench sp: --plot FILE needs two ranks on GPUs: it draws what they exchange")
     what = (
         arguments.json,
         (arguments.presets or "small,medium").split(","),

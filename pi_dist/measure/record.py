@@ -55,8 +55,14 @@ def device_type(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu"
 
 
-def step_row(config: Config, world_size: int, seconds: float, num_parameters: int | None) -> dict:
-    """What every row about training steps has.
+def step_row(
+    config: Config,
+    world_size: int,
+    seconds: float,
+    num_parameters: int | None,
+    predicted_on: str | None = None,
+) -> dict:
+    """What every row about training steps has; predicted_on: the GPU of a prediction, which is not here.
 
     Memory is this rank's peak since the statistics were last reset, in MiB; what is allocated does not count
     passes that are replayed, what is reserved does. mfu is a share of the data
@@ -65,7 +71,8 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
     """
     t, model = config.training, config.model
     tokens = t.context * t.batch_size
-    peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
+    device = predicted_on or device_name()
+    peak = next((rate for name, rate in PEAK_BF16.items() if device.startswith(name)), None)
     flops = training_flops_per_token(model, t.context)
     recomputed = 0.0
     if t.activation_checkpointing is True:
@@ -74,7 +81,8 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
         recomputed += keys_flops_per_token(model, t.context) * (1 - t.chunk_tokens / t.context)
     rate = tokens / seconds / world_size / peak if peak and t.precision == "bf16" else None
     reach = report(model, t.context)
-    cuda = device_type(config) == "cuda"
+    kind = "cuda" if predicted_on else device_type(config)
+    here = kind == "cuda" and not predicted_on
     return {
         "method": "+".join(dict.fromkeys(model.methods)),
         "num_layers": model.num_layers,
@@ -91,18 +99,18 @@ def step_row(config: Config, world_size: int, seconds: float, num_parameters: in
         "precision": t.precision,
         "activation_checkpointing": t.activation_checkpointing,
         "chunk_tokens": t.chunk_tokens,
-        "compiled": compiles(config, device_type(config)),
+        "compiled": compiles(config, kind),
         "exchange": config.parallel.exchange,
         "overlap": config.parallel.overlap,
         "ms": round(seconds * 1e3, 2),
         "tokens_per_s": round(tokens / seconds),
         "mfu": round(flops * rate, 4) if rate else None,
         "hfu": round((flops + recomputed) * rate, 4) if rate else None,
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
-        "reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None,
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if here else None,
+        "reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20, 1) if here else None,
         "reach": reach.reach_in_context,
         "covered_share": reach.covered_share,
-        "measured": True,
+        "measured": not predicted_on,
     }
 
 

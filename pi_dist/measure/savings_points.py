@@ -56,7 +56,7 @@ class Lab:
     network: Network
     measures: bool = False
     real_ranks: int = 1
-    patience_s: float = 60.0
+    patience_s: float = 20.0
 
     def predict(self, config: Config, num_gpus: int) -> Point:
         """By the cost model.

@@ -338,7 +338,7 @@ def _predicted_row(
         return what | {"ms": None, "fits": None, "note": str(reason)}
     time_, need = step_time(config, num_ranks, profile, network), memory(config, num_ranks, profile).total
     return (
-        step_row(config, num_ranks, time_.total, None)
+        step_row(config, num_ranks, time_.total, None, profile.device)
         | what
         | {
             "peak_mib": round(need, 1),
