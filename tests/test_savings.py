@@ -595,6 +595,16 @@ def test_a_damaged_record_is_refused_in_one_line(tmp_path, capsys, place, change
     assert "s.json: not a record of `pi-dist savings`: " in error and said in error and error.count("\n") == 1
 
 
+def test_a_time_without_what_far_rows_take_says_so(capsys):
+    flags = ["savings", "--context=4194304", "--methods=pi", "--max-gpus=1", "--chunk-tokens=32768"]
+    assert run(*flags) == 0 and "rows of other chunks" not in capsys.readouterr().out
+    far = ["--window=64", "--stride=65", "--num-skips=16", "--schedule=doubling"]
+    assert run(*flags, *far) == 0
+    assert (
+        " ms p without reading rows of other chunks, 2 to 4 times as long with it" in capsys.readouterr().out
+    )
+
+
 def test_several_gpus_share_chunks_that_divide_the_context():
     chunk = {p: config_of("small", "pi", True, 10**6, p, Terms()).training.chunk_tokens for p in (1, 2, 4)}
     assert chunk == {1: 32768, 2: 62500, 4: 125000}

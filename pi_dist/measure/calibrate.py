@@ -192,7 +192,9 @@ def _base(device: str) -> Profile:
         profile = load_profile(name)
         if device.startswith(profile.device):
             return profile
-    return replace(load_profile("H100"), name=device, device=device)
+    h100 = load_profile("H100")
+    sources = {name: f"the H100's ({source})" for name, source in h100.sources.items()}
+    return replace(h100, name=device, device=device, sources=sources)
 
 
 def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minutes: float) -> str:

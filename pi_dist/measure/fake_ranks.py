@@ -65,7 +65,7 @@ class Request:
 
 
 def typical_rank(config: Config, world_size: int) -> int:
-    """A rank with the most memory: in the middle: the first of a sequence receives no rows."""
+    """A rank with the most memory, in the middle of a sequence, whose first rank receives no rows."""
     sp_degree = config.parallel.sp_degree
     return world_size - sp_degree + sp_degree // 2
 

@@ -29,7 +29,7 @@ def label(row: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if row["gpus"] is None:
         return row["note"]
-    said = f"{_memory(row)}, {_time(row, row)}"
+    said = f"{_memory(row)}, {_time(row, row)}{row['note'] and ' ' + row['note']}"
     fewer = [check for check in row.get("checks", ()) if check["num_gpus"] < row["gpus"]]
     if fewer:  # why they are not enough
         most = max(fewer, key=lambda check: check["num_gpus"])
