@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pi_dist.cli import COMMANDS, main
+from pi_dist.commands import shared
 from pi_dist.commands.train import read_config
 from pi_dist.training.checkpoint import find_newest
 
@@ -295,11 +296,14 @@ def test_other_bad_input_is_one_line(capsys, tmp_path):
     assert "schedule" in refused(capsys, "reach", "--schedule=random")
     for what in (["paper", "layer"], ["bench", "sp"], ["calibrate", "--record=r.json"]):
         assert "json: '-' is no file" in refused(capsys, *what, "--json=-")
-    assert "two ranks on GPUs" in refused(
-        capsys, "bench", "sp", "--json=s.json", "--trace=t.json", f"--plot={tmp_path}/p.svg"
-    )
     assert "frobnicate" in refused(capsys, "frobnicate")
     assert "output" in refused(capsys, "prepare", tmp_path)
+
+
+def test_a_figure_of_exchanges_that_there_are_none_of_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(shared, "find_spec", lambda _: True)  # as if the extra `plot` were installed
+    flags = ["--json=s.json", "--trace=t.json", f"--plot={tmp_path}/p.svg"]
+    assert "two ranks on GPUs" in refused(capsys, "bench", "sp", *flags)
 
 
 def test_an_interrupted_command_says_so_in_a_line_and_one_with_rows_left_tells_its_launcher(
