@@ -31,7 +31,6 @@ from pi_dist.measure.step_model import (
     communication_seconds,
     compute_seconds,
     gpu_seconds,
-    looks_beyond_a_chunk,
     memory,
     num_parameters,
     state_bytes,
@@ -42,7 +41,7 @@ from pi_dist.measure.steps import PAPER, model_of, random_batch
 from pi_dist.measure.timeline import counted_bytes
 from pi_dist.measure.workers import OUT_OF_MEMORY
 from pi_dist.model.transformer import PiTransformer
-from pi_dist.ops.pattern import layer_patterns
+from pi_dist.ops.pattern import layer_patterns, looks_beyond_a_chunk
 from pi_dist.parallel import exchange_plan
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.training.streaming import streamed_losses

@@ -31,7 +31,7 @@ from pi_dist.measure.stand_ins import StandIns
 from pi_dist.measure.steps import collect_garbage, most, random_batch
 from pi_dist.measure.timeline import busy_ms, kernels_of
 from pi_dist.model.transformer import PiTransformer
-from pi_dist.ops.pattern import layer_patterns
+from pi_dist.ops.pattern import looks_beyond_a_chunk
 from pi_dist.parallel.kept_keys import Placement
 from pi_dist.parallel.mesh import make_mesh
 from pi_dist.parallel.process_group import choose_device, start
@@ -382,7 +382,7 @@ def few_chunks(config: Config, world_size: int) -> Config | None:
     t = config.training
     if num_chunks(t) <= _MANY_CHUNKS or accumulation_steps(config, world_size) > 1:
         return None
-    if any(pattern.reach() > t.chunk_tokens for pattern in layer_patterns(config.model, t.context)):
+    if looks_beyond_a_chunk(config):
         return None
     return replace(config, training=replace(t, context=3 * t.chunk_tokens))
 

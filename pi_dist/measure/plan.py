@@ -11,7 +11,8 @@ from typing import Any
 from pi_dist.config import Config, ConfigError, Method, check
 from pi_dist.measure.profile import Network, Profile
 from pi_dist.measure.reach import report
-from pi_dist.measure.step_model import Memory, Time, looks_beyond_a_chunk, memory, step_time
+from pi_dist.measure.step_model import Memory, Time, memory, step_time
+from pi_dist.ops.pattern import looks_beyond_a_chunk
 
 MOST_GPUS = 4096  # that are tried
 MIN_CHUNK = 4096  # tokens of a rank, of chunks that are tried

@@ -35,8 +35,8 @@ from pi_dist.measure.reach import report
 from pi_dist.measure.record import PREDICTION, RANK, resume, write
 from pi_dist.measure.savings_points import COMPOSED, MEASURED, PREDICTED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
-from pi_dist.measure.step_model import looks_beyond_a_chunk
 from pi_dist.measure.steps import model_of as preset_with
+from pi_dist.ops.pattern import looks_beyond_a_chunk
 
 # Times the memory there is: what is predicted to need more is not measured. With a measured point of the row,
 # by whose error the prediction is corrected, and without one.

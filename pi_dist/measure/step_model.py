@@ -210,16 +210,6 @@ def forward_passes(config: Config) -> float:
     return passes + 1 - 1 / num_chunks(config.training)
 
 
-def looks_beyond_a_chunk(config: Config) -> bool:
-    """Whether chunks read rows that are kept of chunks farther back, the time of which is not modelled.
-
-    Steps that do, with 16 skips, took 2 to 4 times as long as predicted.
-    """
-    t = config.training
-    patterns = layer_patterns(config.model, t.context)
-    return num_chunks(t) > 1 and any(pattern.reach() > t.chunk_tokens for pattern in patterns)
-
-
 def exact_flops(config: Config, method: Method) -> float:
     """4·head_dim FLOP for each pair of a query and a key of one exact layer, all heads, one rank, forward.
 

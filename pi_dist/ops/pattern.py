@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pi_dist.config import EXACT_METHODS, ConfigError, ModelConfig
+from pi_dist.config import EXACT_METHODS, Config, ConfigError, ModelConfig, num_chunks
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,10 @@ def layer_patterns(model: ModelConfig, context: int) -> tuple[PiPattern, ...]:
 def total_reach(patterns: tuple[PiPattern, ...]) -> int:
     """Tokens to the left that the whole stack reaches: Σ over layers of max(k, M·π)."""
     return sum(pattern.reach() for pattern in patterns)
+
+
+def looks_beyond_a_chunk(config: Config) -> bool:
+    """Whether chunks read rows that are kept of chunks farther back than the one before."""
+    t = config.training
+    patterns = layer_patterns(config.model, t.context)
+    return num_chunks(t) > 1 and any(pattern.reach() > t.chunk_tokens for pattern in patterns)
