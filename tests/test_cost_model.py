@@ -401,7 +401,7 @@ def test_kept_savings_are_by_the_constants_that_ship(name):
 
 
 def test_a_rank_alone_finds_the_memory_of_real_ones():
-    """On an H200 beside two and four; its times, found with the old weights of others, are too short."""
+    """On an H200 beside two and four, which wait for the slowest card of theirs."""
     of_real, alone = (
         {point["what"]: point for point in kept_records()[name]["points"]}
         for name in ("savings_ranks_h200", "savings_one_h200")
@@ -411,7 +411,7 @@ def test_a_rank_alone_finds_the_memory_of_real_ones():
     for what in several:
         assert alone[what]["fake"] and not of_real[what]["fake"]
         assert alone[what]["peak_mib"] == pytest.approx(of_real[what]["peak_mib"], rel=0.01), what
-        assert "chunks" in what or 0.9 < alone[what]["ms"] / of_real[what]["ms"] < 0.96, what
+        assert "chunks" in what or 0.94 < alone[what]["ms"] / of_real[what]["ms"] < 1.0, what
 
 
 def test_what_layers_read_beyond_a_chunk_is_not_in_the_time():
@@ -507,7 +507,7 @@ def test_the_model_was_near_what_was_measured_later():
             late = row["streamed"] and point["num_gpus"] == 2  # the host, which other jobs were on
             assert point["predicted_mib"] == pytest.approx(point["peak_mib"], rel=0.02)
             if point["time_source"] == "measured":
-                assert point["predicted_ms"] == pytest.approx(point["ms"], rel=0.43 if late else 0.05)
+                assert point["predicted_ms"] == pytest.approx(point["ms"], rel=0.43 if late else 0.06)
 
 
 def test_the_model_is_near_steps_of_few_tokens():
@@ -518,7 +518,7 @@ def test_the_model_is_near_steps_of_few_tokens():
         training = TrainingConfig(context=row["context"], batch_size=1, precision="bf16")
         config = Config(model=model, parallel=ParallelConfig(zero_stage=1), training=training)
         predicted = 1e3 * step_time(config, 1, H100, Network()).total
-        assert predicted == pytest.approx(row["ms"], rel=0.09 if row["context"] == 4096 else 0.045), row
+        assert predicted == pytest.approx(row["ms"], rel=0.11 if row["context"] == 4096 else 0.055), row
         assert memory(config, 1, H100).total == pytest.approx(row["peak_mib"], rel=0.02), row
     assert len(rows) == 12
 
@@ -531,7 +531,7 @@ def test_the_model_is_near_the_kept_savings():
         predicted = compute_seconds(work(config, ranks, H100), H100)
         host = point["streamed"] and config.model.hidden_size == PRESETS["small"].hidden_size
         blocks = config.model.method in ("ring", "ulysses") and ranks > 1  # short ones, of 4,096 tokens
-        limit = 0.25 if host and ranks > 1 else 0.17 if host else 0.11 if blocks else 0.08
+        limit = 0.25 if host and ranks > 1 else 0.17 if host else 0.13 if blocks else 0.07
         assert predicted == pytest.approx(seconds, rel=limit), (point, config.model.method)
         assert memory(config, ranks, H100).total == pytest.approx(point["peak_mib"], rel=0.03)
         found += 1
