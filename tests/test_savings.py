@@ -31,7 +31,7 @@ from pi_dist.measure.savings import (
     sweep,
 )
 from pi_dist.measure.savings_points import Bench, Lab, OutOfTime
-from pi_dist.measure.savings_report import draw, markdown
+from pi_dist.measure.savings_report import draw, markdown, saving
 from pi_dist.measure.step_model import compute_seconds, memory, work
 from pi_dist.measure.workers import OUT_OF_MEMORY
 
@@ -68,8 +68,8 @@ def test_a_budget_that_makes_no_sense_is_refused(text):
 
 
 def test_what_cannot_be_split_is_said_in_words():
-    def note(method, context, streamed=False, budget=None):
-        row = fewest("small", method, streamed, context, Budget(budget), Terms(), BENCH)
+    def note(method, context, streamed=False, budget=None, **terms):
+        row = fewest("small", method, streamed, context, Budget(budget), Terms(**terms), BENCH)
         assert row["gpus"] is None
         return row["note"]
 
@@ -77,9 +77,40 @@ def test_what_cannot_be_split_is_said_in_words():
     assert "does not hold; ring and ulysses are exact" in note("dense", 2**22)
     assert "'ulysses' does not hold" in note("ulysses", 2**22, budget=100.0)
     assert "100 (predicted); more do not help" in note("ring", 2**22, budget=100.0)
-    prime = fewest("large", "ring", False, 1_000_003, Budget(), Terms(), BENCH)
-    assert prime["gpus"] is None and "not on 1 GPU" in prime["note"]
+    assert "100 (predicted); more than 64 were not tried" in note("ring", 2**22, budget=100.0, max_gpus=64)
+    prime = note("ring", 4_194_301)
+    assert "not on 1 GPU" in prime and prime.endswith("; of more, up to 1,024, none divides 4,194,301")
     assert "context (4) > model.window (4) does not hold" in note("window", 4)
+
+
+def test_numbers_of_gpus_that_were_passed_over_are_named():
+    """Six would be enough, but a ring's balanced shards are halves."""
+    row = fewest("small", "ring", False, 4_194_306, Budget(), Terms(), BENCH)
+    assert row["gpus"] == 9 and row["note"].startswith("(6: training.context: context (4194306) % (2 × ")
+    profile = json.loads(json.dumps(dataclasses.asdict(H100)))
+    assert row["note"] in markdown({"rows": [row], "settings": {"profile": profile}})
+
+
+def test_what_is_predicted_stands_beside_what_was_measured_before():
+    """By the records that ship, of that GPU and job; whatever was asked of it."""
+    row = fewest("small", "pi", True, 131072, Budget(300.0), Terms(max_gpus=4), BENCH)
+    found = [(e["gpus"], e["source"], e["measured"]) for e in errors([row]) if e["unit"] == "ms"]
+    of_one = {
+        name: point["ms"]
+        for name in ("savings_h100", "savings_time_h100")
+        for point in kept_records()[name]["points"]
+        if point["what"] == "small pi in chunks 131,072 on 1"
+    }
+    measured = [(1, f"measured in records/{name}.json", pytest.approx(ms)) for name, ms in of_one.items()]
+    composed = [(gpus, source) for gpus, source, _ in found if gpus == 2]
+    assert found[:2] == measured and composed == [(2, "composed in records/savings_time_h100.json")]
+    elsewhere = {"rows": [row | {"gpu": "A100"}], "settings": {"profile": dataclasses.asdict(H100)}}
+    assert "Nothing was measured here: every figure is predicted." in markdown(elsewhere)
+
+
+def test_no_saving_is_all_of_the_gpus():
+    one, many = ({"gpus": number} for number in (1, 1024))
+    assert saving(one, many) == "over 99%" and saving(one, one) == "0%"
 
 
 def test_every_row_has_its_reach():
@@ -293,7 +324,7 @@ def test_the_command_writes_record_report_and_figure_and_goes_on(tmp_path, capsy
         json.dumps(row) in record.read_text() for row in json.loads(before)["rows"]
     )
     text = report.read_text()
-    assert "Nothing was measured here: every figure is predicted." in text
+    assert "measured in records/savings_h100.json" in text
     assert "## large, 4,194,304 tokens, within memory" in text and "0.0%" in text
     assert re.search(
         r"\| ring \| \*\*(\d+)\*\* \([\d.]+ GiB p, [\d,]+ ms p; on \d+: [\d.]+ GiB p\) \| 4,194,303 \|", text
@@ -490,7 +521,8 @@ def test_the_figure_names_what_is_in_any_panel_and_marks_what_fits_nowhere(drawn
     swept(path, methods=["dense"], contexts=(65536, 2**22))
     figure = drawn(swept(path, methods=["pi", "ring"], preset="large"))
     assert figure.legend[:4] == ["dense", "π", "π, streamed", "ring"]
-    assert figure.legend[-2:] == ["memory predicted", "none: see the report"]
+    assert figure.legend[-3:-1] == ["memory predicted", "none: see the report"]
+    assert figure.legend[-1] == "equal numbers: side by side"
     crosses = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "x"]
     assert crosses == [2**22]
     ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
@@ -568,7 +600,8 @@ def test_a_task_of_the_array_takes_its_context(tmp_path):
 
     assert task("12", "out", "--gpu", "this").returncode == 0
     flags = (tmp_path / "said").read_text().split()
-    assert flags[2:] == ["savings", "--context", str(2**24), "--json", f"out/{2**24}.json", "--gpu", "this"]
+    assert flags[2:7] == ["savings", "--minutes", "55", "--gpu", "this"]
+    assert flags[7:] == ["--context", str(2**24), "--json", f"out/{2**24}.json"]
     assert (tmp_path / "out").is_dir()
     for number, arguments, said in (("0", (), "usage"), ("13", ("out",), "task (13) < 13 does not hold")):
         refused = task(number, *arguments)

@@ -146,10 +146,10 @@ def _lab(a: Namespace) -> Lab:
             f"gpu: GPUs of this machine (0) >= 1 does not hold; or name one of {', '.join(profile_names())}"
         )
     if name == "this":
-        name = next((n for n in profile_names() if here.startswith(load_profile(n).device)), None)
+        name = next((n for n in profile_names() if here == load_profile(n).device), None)
         if name is None:
             raise ConfigError(f"gpu: no profile of {here}; make one with `pi-dist calibrate --json FILE`")
     profile = load_profile(name)
-    measures = not a.predict and here.startswith(profile.device)
+    measures = not a.predict and here == profile.device
     real_ranks = torch.cuda.device_count() if measures else 1
     return Lab(profile, network_of(a), measures, real_ranks, patience_s=a.patience)

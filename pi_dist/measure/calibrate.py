@@ -190,7 +190,7 @@ def _base(device: str) -> Profile:
     """A profile to start from: the shipped one of this GPU, else the H100's under the device's name."""
     for name in profile_names():
         profile = load_profile(name)
-        if device.startswith(profile.device):
+        if device == profile.device:
             return profile
     h100 = load_profile("H100")
     sources = {name: f"the H100's ({source})" for name, source in h100.sources.items()}
@@ -234,7 +234,7 @@ def calibrate(profile_path: str, record_path: str, presets: Sequence[str], minut
             print(_line(row), flush=True)
     base = _base(device_name())
     for kernels in kept_records().values():
-        if "floor_ms" in kernels["rows"][0] and kernels["device"].startswith(base.device):
+        if "floor_ms" in kernels["rows"][0] and kernels["device"] == base.device:
             base = replace(base, attention=attention_costs(kernels))
     profile = fitted(base, record, f"fitted to {record_path.rsplit('/', 1)[-1]}")
     write_profile(profile, profile_path)

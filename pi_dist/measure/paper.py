@@ -54,7 +54,7 @@ def table_rows(
     than `until` (of `time.monotonic`) and some are left.
     """
     precision = "fp32" if device == "cpu" else "bf16"
-    peak = next((rate for name, rate in PEAK_BF16.items() if device_name().startswith(name)), None)
+    peak = PEAK_BF16.get(device_name())
     done = [{key: row.get(key) for key in ("preset", "context", "method")} for row in known]
     with Worker() as worker:
         for context, method in itertools.product(contexts, TABLE_V):

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from pi_dist.training.trainer import Outcome
 
 
-# dense bf16 matrix FLOP/s by the vendors' data sheets, by the start of the device's name
-PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}
+# dense bf16 matrix FLOP/s by the vendors' data sheets, by the device's name: other forms have other rates
+PEAK_BF16 = dict.fromkeys(("NVIDIA H200", "NVIDIA H100 80GB HBM3"), 989e12) | dict.fromkeys(
+    ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
+    312e12,
+)
 WARM_UP_STEPS = 5
 ATTENTION_KERNELS = (
     *("kernels/pi_attention_*.py", "kernels/gradients.py", "kernels/tiles.py", "kernels/block_sizes.*"),
@@ -72,7 +75,7 @@ def step_row(
     t, model = config.training, config.model
     tokens = t.context * t.batch_size
     device = predicted_on or device_name()
-    peak = next((rate for name, rate in PEAK_BF16.items() if device.startswith(name)), None)
+    peak = PEAK_BF16.get(device)
     flops = training_flops_per_token(model, t.context)
     recomputed = 0.0
     if t.activation_checkpointing is True:

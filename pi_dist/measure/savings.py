@@ -32,8 +32,8 @@ from pi_dist.config import (
 )
 from pi_dist.measure.profile import Network, profile_from
 from pi_dist.measure.reach import report
-from pi_dist.measure.record import PREDICTION, RANK, resume, write
-from pi_dist.measure.savings_points import COMPOSED, MEASURED, PREDICTED, Bench, Lab, OutOfTime, Point
+from pi_dist.measure.record import PREDICTION, RANK, kept_records, resume, write
+from pi_dist.measure.savings_points import MEASURED, PREDICTED, Bench, Lab, OutOfTime, Point
 from pi_dist.measure.sp_bench import METHODS
 from pi_dist.measure.steps import model_of as preset_with
 from pi_dist.ops.pattern import looks_beyond_a_chunk
@@ -41,6 +41,8 @@ from pi_dist.ops.pattern import looks_beyond_a_chunk
 # Times the memory there is: what is predicted to need more is not measured. With a measured point of the row,
 # by whose error the prediction is corrected, and without one.
 _HOPELESS_BESIDE, _HOPELESS = 1.25, 1.5
+
+ONE_CHUNK = "nothing to stream"  # in the note of a row in chunks of which one is the context
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def config_of(
     if streamed and chunk == context:
         raise ConfigError(
             f"chunk_tokens: {terms.chunk_tokens} tokens a GPU × {num_gpus} < context ({context}) "
-            "does not hold: nothing to stream"
+            f"does not hold: {ONE_CHUNK} (--chunk-tokens)"
         )
     config = Config(
         model=model_of(preset, method, terms),
@@ -226,11 +228,15 @@ def fewest(
     row["checks"] = [_plain(asdict(points[i])) for i in sorted(points)]
     if found is not None:
         point = points[found]
-        short = point.time_source == PREDICTED and looks_beyond_a_chunk(jobs[found][1])
-        note = "without reading rows of other chunks, 2 to 4 times as long with it" if short else ""
-        return row | _plain(asdict(point)) | {"gpus": point.num_gpus, "note": note}
-    last = points[max(points)]
-    return row | {"gpus": None, "note": _too_little(last, budget, refused)}
+        notes = []
+        if point.time_source == PREDICTED and looks_beyond_a_chunk(jobs[found][1]):
+            notes.append("without reading rows of other chunks, 2 to 4 times as long with it")
+        fewer = jobs[found - 1][0] if found else 0
+        notes += [f"({n}: {why})" for n, why in refused.items() if fewer < n < point.num_gpus]
+        return row | _plain(asdict(point)) | {"gpus": point.num_gpus, "note": " ".join(notes)}
+    last = max(points)
+    text = _too_little(points[last], budget)
+    return row | {"gpus": None, "note": text + _of_more(jobs[last:], refused, context, terms.max_gpus)}
 
 
 def _is_hopeless(guess: Point, known: Iterable[Point], lab: Lab) -> bool:
@@ -259,19 +265,31 @@ def _jobs(
     return jobs, refused
 
 
-def _too_little(last: Point, budget: Budget, refused: dict[int, str]) -> str:
+def _of_more(
+    jobs: Sequence[tuple[int, Config, Point]], refused: dict[int, str], context: int, max_gpus: int
+) -> str:
+    """Why no more GPUs than those of the first of these jobs were tried."""
+    most = jobs[0][0]
+    if len(jobs) > 1:  # they have the least predicted time
+        return "; more do not help"
+    reason = next((reason for num_gpus, reason in refused.items() if num_gpus > most), None)
+    if reason is not None:
+        return f"; with more: {reason}"
+    if most < max_gpus:
+        return f"; of more, up to {max_gpus:,}, none divides {context:,}"
+    return f"; more than {max_gpus:,} were not tried (--max-gpus)"
+
+
+def _too_little(last: Point, budget: Budget) -> str:
     """Why even the most GPUs that help are not enough."""
     gpus = f"{last.num_gpus} GPU{'s' if last.num_gpus > 1 else ''}"
     if not last.fits:
         need = "more than there is" if last.peak_mib is None else f"{last.peak_mib:,.0f} MiB"
-        text = f"not on {gpus}: {need} on each ({last.memory_source})"
-    else:
-        text = (
-            f"not on {gpus}: {ms_text(1e3 * last.seconds, budget.step_ms)} ms a step "
-            f"> {budget_text(budget.step_ms)} ({last.time_source})"
-        )
-    more = next((reason for num_gpus, reason in refused.items() if num_gpus > last.num_gpus), None)
-    return text + (f"; with more: {more}" if more else "; more do not help" if last.fits else "")
+        return f"not on {gpus}: {need} on each ({last.memory_source})"
+    return (
+        f"not on {gpus}: {ms_text(1e3 * last.seconds, budget.step_ms)} ms a step "
+        f"> {budget_text(budget.step_ms)} ({last.time_source})"
+    )
 
 
 def ms_text(ms: float, budget_ms: float | None = None) -> str:
@@ -322,6 +340,7 @@ _IDENTITY = (
     *("preset", "context", "method", "streamed", "budget_ms", "gpu", "measures"),
     *(field.name for kind in (Network, Terms) for field in fields(kind)),
 )
+_ASKED = ("budget_ms", "measures", "max_gpus")  # of these, what is no part of the job
 
 
 @lru_cache(maxsize=256)
@@ -340,23 +359,49 @@ def _reach(preset: str, method: Method, context: int, terms: Terms) -> dict[str,
 
 
 def errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every measured point beside its prediction: share by which the prediction is too high."""
-    found = []
+    """Every measured point beside its prediction: share by which the prediction is too high.
+
+    Of what was not measured here, the points that the records that ship have of this job on this GPU.
+    """
+    kept, found = _kept_checks(), []
     for row in rows:
-        for check_ in row.get("checks", ()):
+        what = {key: row[key] for key in ("preset", "context", "method", "streamed")}
+        for here in row.get("checks", ()):
             for key, source in (("mib", "memory_source"), ("ms", "time_source")):
-                value = check_["peak_mib" if key == "mib" else "ms"]
-                if value is not None and check_[source] in (MEASURED, COMPOSED):
-                    predicted = check_[f"predicted_{key}"]
-                    what = {name: row[name] for name in ("preset", "context", "method", "streamed")}
-                    what |= {
-                        "gpus": check_["num_gpus"],
-                        "unit": key,
-                        "measured": value,
-                        "predicted": predicted,
-                    }
-                    found.append(what | {"source": check_[source], "error": round(predicted / value - 1, 4)})
+                measured = [("", here)] if here[source] != PREDICTED else kept.get(_kept_key(row, here), [])
+                for name, check_ in measured:
+                    value = check_["peak_mib" if key == "mib" else "ms"]
+                    if value is None or check_[source] == PREDICTED:
+                        continue
+                    predicted = here[f"predicted_{key}"]
+                    found.append(
+                        what
+                        | {
+                            "gpus": here["num_gpus"],
+                            "unit": key,
+                            "measured": value,
+                            "source": f"{check_[source]} in records/{name}.json" if name else check_[source],
+                            "predicted": predicted,
+                            "error": round(predicted / value - 1, 4),
+                        }
+                    )
     return found
+
+
+def _kept_key(row: dict[str, Any], check_: dict[str, Any]) -> tuple:
+    """What a point is of: all that its row says but what was asked of it."""
+    return *(row.get(key) for key in _IDENTITY if key not in _ASKED), check_["num_gpus"]
+
+
+def _kept_checks() -> dict[tuple, list[tuple[str, dict[str, Any]]]]:
+    """(record, point) of all measured points of the records that ship, each once a record."""
+    found: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for name, record in kept_records().items():
+        for row in record["rows"] if "points" in record else ():
+            for check_ in row.get("checks", ()):
+                if check_["memory_source"] == MEASURED:
+                    found.setdefault(_kept_key(row, check_), {})[name] = check_
+    return {key: list(of_records.items()) for key, of_records in found.items()}
 
 
 def sweep(

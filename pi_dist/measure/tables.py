@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pi_dist.measure.record import kept_records
+from pi_dist.measure.savings import ONE_CHUNK
 from pi_dist.measure.timeline import PARTS
 
 COLUMNS = {
@@ -104,7 +105,7 @@ def _savings_cell(row: dict | None) -> str:
     if row is None:
         return ""
     if row["gpus"] is None:
-        return "one chunk" if "nothing to stream" in row["note"] else "none"
+        return "one chunk" if ONE_CHUNK in row["note"] else "none"
     about = {"measured": "", "composed": "≈", "predicted": "~"}
     memory = f"{about[row['memory_source']]}{row['peak_mib'] / 1024:,.1f}"
     return f"{row['gpus']} ({memory}, {about[row['time_source']]}{row['ms']:,.0f})"

@@ -111,17 +111,12 @@ def kept_size(
     first_of_those = max(0, num_chunks - near_the_end - 1)
     total = KeptSize(0, 0, 0, 0)
     for group in pattern.head_groups(num_heads, num_kv_heads):
-
-        def rows_of(chunk: int, group: HeadGroup = group) -> int:
-            whole = chunk_run(seq_len, chunk_tokens, chunk)
-            length = (whole.stop - whole.start) // num_ranks
-            shard = Run(whole.start + rank * length, whole.start + (rank + 1) * length)
-            return count_rows(rows_kept(pattern, group, shard, whole.stop, seq_len))
-
-        rows = [rows_of(chunk) for chunk in range(first_of_those, num_chunks)]
-        most = max(rows_of(0), *rows)
+        first, *rows = _rows_of_chunks(
+            pattern, group, seq_len, chunk_tokens, num_ranks, rank, first_of_those, num_chunks
+        )
+        most = max(first, *rows)
         elements = 2 * batch * len(group.kv_heads) * head_dim
-        all_rows = elements * (sum(rows) + first_of_those * rows_of(0))
+        all_rows = elements * (sum(rows) + first_of_those * first)
 
         def at_most(
             chunks: int, size: int, elements: int = elements, most: int = most, limit: int = all_rows
@@ -139,6 +134,28 @@ def kept_size(
             near_gradients=at_most(min(near, reached), gradient_size),
         )
     return total
+
+
+@lru_cache(maxsize=1024)
+def _rows_of_chunks(
+    pattern: PiPattern,
+    group: HeadGroup,
+    seq_len: int,
+    chunk_tokens: int,
+    num_ranks: int,
+    rank: int,
+    start: int,
+    stop: int,
+) -> tuple[int, ...]:
+    """Rows that a rank keeps of one head group of the first chunk, and of each chunk from start to stop."""
+
+    def rows_of(chunk: int) -> int:
+        whole = chunk_run(seq_len, chunk_tokens, chunk)
+        length = (whole.stop - whole.start) // num_ranks
+        shard = Run(whole.start + rank * length, whole.start + (rank + 1) * length)
+        return count_rows(rows_kept(pattern, group, shard, whole.stop, seq_len))
+
+    return tuple(rows_of(chunk) for chunk in (0, *range(start, stop)))
 
 
 @dataclass
