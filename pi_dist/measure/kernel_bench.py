@@ -15,6 +15,7 @@ import torch
 
 from pi_dist.config import UserError
 from pi_dist.measure.kernel_peers import FLEX, peers
+from pi_dist.measure.profile import OURS
 from pi_dist.measure.record import resume, write
 from pi_dist.ops.pattern import PiPattern
 from pi_dist.ops.spec import AttentionSpec, KeyBlock, Run
@@ -24,7 +25,6 @@ CONTEXTS = (131072, 8192, 1048576)
 PEER_CONTEXTS = (8192, 131072)
 HEADS = {64: 12, 128: 8}  # query heads by head_dim, as in models of width 768 and 1024
 TILE = 64  # a window costs tensor cores k + 64 pairs a query
-OURS = "pi, triton"
 SEED = 0  # of all inputs
 
 

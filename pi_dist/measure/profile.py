@@ -25,6 +25,8 @@ class AttentionCost:
     backward_ns: float
 
 
+OURS = "pi, triton"  # our attention kernels, in the record of `pi-dist bench kernel`
+
 # Of what the allocator may reserve, that which is predicted to be lost between tensors: of 76.7 GiB of an
 # H100, steps that needed 69.3 at their peak ran, and those of 73.3 and more did not.
 FRAGMENTS = 0.06
@@ -146,12 +148,7 @@ def attention_costs(kernel_record: dict) -> tuple[AttentionCost, ...]:
     """The costs in a record of `pi-dist bench kernel`, head_dim 64, one stride, 131,072 tokens."""
     found: dict[tuple[int, int], dict[str, float]] = {}
     for row in kernel_record["rows"]:
-        if (row["method"], row["head_dim"], row["strides"], row["tokens"]) == (
-            "pi, triton",
-            64,
-            "one",
-            131072,
-        ):
+        if (row["method"], row["head_dim"], row["strides"], row["tokens"]) == (OURS, 64, "one", 131072):
             per_token = 1e6 * row["ms"] / (row["batch"] * row["tokens"] * row["heads"])
             found.setdefault((row["window"], row["num_skips"]), {})[row["direction"]] = round(per_token, 5)
     return tuple(

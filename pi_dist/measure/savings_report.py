@@ -92,9 +92,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"m {_EXPLANATION[MEASURED]}; c {_EXPLANATION[COMPOSED]}; p {_EXPLANATION['predicted']}. "
         "Where memory is measured and the time is not, each call of exact attention runs once, on at most "
         f"{PROBE_TOKENS:,} tokens, and then only allocates what it did, in proportion to its tokens. "
-        "What lies in host memory is predicted, and its way there and back is not in the time, which was "
-        "up to 33% longer. Predicted times of chunks that the host paces, as of the small model on several "
-        "GPUs, were up to 42% too short. "
+        "What lies in host memory is predicted, and its way there and back is not in predicted times, which "
+        "so were up to 33% too short; those of chunks that the host paces, as of the small model on several "
+        "GPUs, up to 42%. "
         "Reach is how far back the last token sees: a method that sees less is not the same goods. "
         "Among what is fewer, — says that for this method or the other there is no number of GPUs; its cell "
         "says why.",

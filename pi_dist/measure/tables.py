@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from pi_dist.measure.profile import OURS
 from pi_dist.measure.record import kept_records
 from pi_dist.measure.savings import ONE_CHUNK
 from pi_dist.measure.timeline import PARTS
@@ -24,7 +25,6 @@ COLUMNS = {
 }
 
 
-OURS = "pi, triton"
 PAGE = Path(__file__).parent / "records" / "README.md"
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from pi_dist.ops.spec import accumulate_dtype
+
 IGNORE = -100  # label of a position that has no next token
 # logits held at a time: plain PyTorch takes several copies of them, the kernel none
 _PLAIN_ELEMENTS, KERNEL_ELEMENTS = 2**25, 2**29
@@ -33,17 +35,13 @@ def cross_entropy_(
     logits: torch.Tensor, targets: torch.Tensor, ignore: int, with_gradient: bool
 ) -> torch.Tensor:
     """`pi_dist.kernels.cross_entropy.cross_entropy_` in plain PyTorch, on any device; losses fp32 or fp64."""
-    log_probabilities = F.log_softmax(logits, -1, dtype=_accumulator(logits.dtype))  # [N, V]
+    log_probabilities = F.log_softmax(logits, -1, dtype=accumulate_dtype(logits.dtype))  # [N, V]
     losses = F.nll_loss(log_probabilities, targets, ignore_index=ignore, reduction="none")
     if with_gradient:
         counts, gradient = targets != ignore, log_probabilities.exp_()
         gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
         logits.copy_(gradient.mul_(counts[:, None]))
     return losses
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tile_rows(rows: int, vocab: int, elements: int) -> int:
@@ -77,7 +75,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             elements = KERNEL_ELEMENTS
         else:
             losses_of, elements = cross_entropy_, _PLAIN_ELEMENTS
-        total = hidden.new_zeros((), dtype=_accumulator(dtype))
+        total = hidden.new_zeros((), dtype=accumulate_dtype(dtype))
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
