@@ -16,7 +16,7 @@ from test_cost_model import H100, job, run
 from pi_dist.config import ConfigError, UserError
 from pi_dist.measure import savings_points
 from pi_dist.measure.profile import NETWORKS, write_profile
-from pi_dist.measure.record import kept_records, write
+from pi_dist.measure.record import device_name, kept_records, write
 from pi_dist.measure.savings import (
     Budget,
     Terms,
@@ -279,7 +279,7 @@ def test_measuring_works_from_the_command_on(tmp_path, capsys):
         "gpu_layer_us": 1.0,
         "host_layer_us": 10.0,
     }  # a GPU and its host need more than all of the tiny model
-    mine = dataclasses.replace(H100, name="mine", device="cpu", memory_mib=2560.0 + 4.5, **apart)
+    mine = dataclasses.replace(H100, name="mine", device=device_name(), memory_mib=2560.0 + 4.5, **apart)
     write_profile(mine, str(tmp_path / "mine.json"))
     flags = [
         "--gpu",
