@@ -270,7 +270,7 @@ def _of_more(
 ) -> str:
     """Why no more GPUs than those of the first of these jobs were tried."""
     most = jobs[0][0]
-    if len(jobs) > 1:  # they have the least predicted time
+    if len(jobs) > 1:  # the first has the least predicted time
         return "; more do not help"
     reason = next((reason for num_gpus, reason in refused.items() if num_gpus > most), None)
     if reason is not None:
@@ -363,29 +363,32 @@ def errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Of what was not measured here, the points that the records that ship have of this job on this GPU.
     """
-    kept, found = _kept_checks(), []
-    for row in rows:
-        what = {key: row[key] for key in ("preset", "context", "method", "streamed")}
-        for here in row.get("checks", ()):
-            for key, source in (("mib", "memory_source"), ("ms", "time_source")):
-                measured = [("", here)] if here[source] != PREDICTED else kept.get(_kept_key(row, here), [])
-                for name, check_ in measured:
-                    value = check_["peak_mib" if key == "mib" else "ms"]
-                    if value is None or check_[source] == PREDICTED:
-                        continue
-                    predicted = here[f"predicted_{key}"]
-                    found.append(
-                        what
-                        | {
-                            "gpus": here["num_gpus"],
-                            "unit": key,
-                            "measured": value,
-                            "source": f"{check_[source]} in records/{name}.json" if name else check_[source],
-                            "predicted": predicted,
-                            "error": round(predicted / value - 1, 4),
-                        }
-                    )
-    return found
+    kept = _kept_checks()
+    return [
+        error
+        for row in rows
+        for point in row.get("checks", ())
+        for error in _errors_of(row, point, kept.get(_kept_key(row, point), []))
+    ]
+
+
+def _errors_of(
+    row: dict[str, Any], point: dict[str, Any], kept: list[tuple[str, dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    what = {key: row[key] for key in ("preset", "context", "method", "streamed")}
+    for unit, figure, source in (("mib", "peak_mib", "memory_source"), ("ms", "ms", "time_source")):
+        predicted, here = point[f"predicted_{unit}"], point[source] != PREDICTED
+        for name, measured in [("", point)] if here else kept:
+            value = measured[figure]
+            if value is not None and measured[source] != PREDICTED:
+                yield what | {
+                    "gpus": point["num_gpus"],
+                    "unit": unit,
+                    "measured": value,
+                    "source": f"{measured[source]} in records/{name}.json" if name else measured[source],
+                    "predicted": predicted,
+                    "error": round(predicted / value - 1, 4),
+                }
 
 
 def _kept_key(row: dict[str, Any], check_: dict[str, Any]) -> tuple:
